@@ -32,6 +32,7 @@ def format_experiment(sweep: Sweep) -> str:
         inner = value if isinstance(value, Mapping) else {}
         swept |= {name, *(f"{name}.{key}" for key in inner)}
     lines = []
+    # Defaults are left out, so that what was chosen is not lost among them.
     for name, value in changed_options(sweep.config):
         line = f"    config.{name} = {value!r}"
         if name in swept:
@@ -40,6 +41,7 @@ def format_experiment(sweep: Sweep) -> str:
     body = "\n".join(lines)
     return (
         f'"""{summary}"""\n\n'
+        # Python, as the experiments that come with the library: it is meant to be edited further.
         "from twotower.config import defaults\n\n\n"
         f"def get_config():\n    config = defaults()\n{body}\n    return config\n"
     )

@@ -46,6 +46,7 @@ def write_page(sweep: Sweep) -> Path:
     title = sweep.workdir.resolve().name
     page = render_page(title, count_line(sweep), _hero(sweep), sections)
     path = sweep.workdir / PAGE
+    # A browser may have the page of the sweep before open while this one is written.
     with atomic(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path
@@ -56,6 +57,7 @@ def _hero(sweep: Sweep) -> str:
     numbers += big_number("configurations tried", f"{len(sweep.trials):,}", "")
     rows = [[name, show(value)] for name, value in sweep.best.options.items()]
     chosen = table(Table(["option", "best value"], rows, "The best configuration"))
+    # Above everything else: where the best lies at an end the space was too narrow.
     edges = describe_edges(sweep.space, sweep.best.options)
     return (
         '<section class="hero" id="verdict" aria-label="Verdict">'
@@ -68,16 +70,18 @@ def _hero(sweep: Sweep) -> str:
 def _options(sweep: Sweep) -> Section:
     lead = "Which options make the difference, and which may stay as they are?"
     title = "Which options matter"
+    # Shares of hardly any trials would be read as findings.
     if not sweep.importances:
         note = paragraph("Too few configurations were finished to tell.", "note")
         return Section("options", title, lead, [note])
+    # All that options have in common says nothing, and takes the room of the bars.
     short = dict(zip(sweep.space, short_names(list(sweep.space))))
     marks = [Mark(short[name], share) for name, share in sweep.importances.items()]
     rows = [[name, f"{share:.3f}"] for name, share in sweep.importances.items()]
     heading = "Importance of each option"
     svg = row_chart("importances", marks, x_label="share of what separates good from all (0 to 1)")
     caption = (
-        "By PED-ANOVA: how far the better half of the values lies from all that were tried. An "
+        "By PED-ANOVA: how far the best tenth of the trials lies from all that were tried. An "
         "option near 0 can be left out of the next sweep; of few trials the shares are rough."
     )
     chart = Chart("importances", heading, svg, caption, Table(["option", "share"], rows, heading))
@@ -88,6 +92,7 @@ def _history(sweep: Sweep) -> Section:
     finished = [trial for trial in sweep.trials if trial.state == "finished"]
     best_so_far: list[float] = []
     for trial in finished:
+        # The slice is empty at the first trial, where an index would fail.
         best_so_far.append(max([trial.value, *best_so_far[-1:]]))
     numbers = [trial.number for trial in finished]
     title = "The best so far"
@@ -104,6 +109,7 @@ def _history(sweep: Sweep) -> Section:
     values = "Every trial"
     groups = _by_state(sweep.trials, lambda trial: float(trial.number))
     svg = scatter_chart("trials", groups, x_label="trial (number)", y_label=label)
+    # Value, deviation and state; the options have a table of their own at the end.
     rows = [[f"{trial.number}", *cells(trial, sweep)[:3]] for trial in sweep.trials]
     header = ["trial", sweep.metric, "deviation", ""]
     caption = (
@@ -118,6 +124,7 @@ def _history(sweep: Sweep) -> Section:
 def _slices(sweep: Sweep) -> Section:
     made = []
     names = short_names(list(sweep.space))
+    # Figures are named by their number: the id of an element of HTML has no dots to escape.
     for number, (name, entry) in enumerate(sweep.space.items()):
         if isinstance(entry, Range):
             made.append(_range_chart(sweep, name, names[number], entry, number))
@@ -137,6 +144,7 @@ def _range_chart(sweep: Sweep, name: str, short: str, entry: Range, number: int)
         log_x=entry.log,
     )
     rows = []
+    # By the value of the option, as the chart beside it, and not by the number of the trial.
     for trial in sorted(sweep.trials, key=lambda trial: trial.options[name]):
         rows.append([show(trial.options[name]), *cells(trial, sweep)[:3]])
     caption = f"Tried from {entry.low:g} to {entry.high:g}; the best at {_best(sweep, name)}."
@@ -150,8 +158,10 @@ def _choice_chart(sweep: Sweep, name: str, entry: Choices, number: int) -> Chart
     for label in entry.values:
         values = []
         for trial in sweep.trials:
+            # An unfinished curve would lower the mean of its choice.
             if trial.state == "finished" and trial.options[name] == label:
                 values.append(trial.value)
+        # A bar at 0 would say that the value is bad, and it was never tried.
         if not values:
             rows.append([show(label), "0", "-", "-"])
             continue
@@ -176,6 +186,7 @@ def _trials(sweep: Sweep) -> Section:
     rows = [[str(trial.number), *cells(trial, sweep)] for trial in ranked(sweep.trials)]
     header = ["trial", sweep.metric, "deviation", "", *sweep.space]
     blocks = [table(Table(header, rows, "All configurations, the best first"))]
+    # Sentences, which would stretch a column of the table beyond the page.
     reasons = [f"Trial {one.number}: {one.reason}" for one in sweep.trials if one.reason]
     if reasons:
         blocks.append(bullets(reasons))
@@ -186,6 +197,7 @@ def _by_state(trials: Sequence[Tried], place: Callable[[Tried], float]) -> list[
     """Returns a group of points for trials that were finished, and one for those that were not."""
     groups = []
     for state in ("finished", "pruned"):
+        # A metric may be NaN where nothing could be ranked, which has no place in a chart.
         found = [trial for trial in trials if trial.state == state and math.isfinite(trial.value)]
         if found:
             across = [place(trial) for trial in found]

@@ -72,6 +72,7 @@ class Range:
 
     def draw(self, trial: Trial, name: str) -> float:
         """Returns the value of a trial."""
+        # Optuna gives back the type that it was asked for, and a batch size of 512.0 is refused.
         if self.whole:
             step = int(self.step or 1)
             return trial.suggest_int(name, int(self.low), int(self.high), step=step, log=self.log)
@@ -86,6 +87,7 @@ class Choices:
         values: Label of each, as it is kept and shown -> the value itself.
     """
 
+    # By labels, since a storage keeps scalars alone and a choice may be a whole section.
     values: Mapping[Scalar, Any]
 
     def draw(self, trial: Trial, name: str) -> Any:
@@ -108,6 +110,7 @@ def read_space(source: Path | str | Mapping[str, Any], config: Config) -> Space:
         ConfigError: The file cannot be read, an option is unknown (the nearest is named), or a
             value cannot be used.
     """
+    # A mapping was given in Python: there is no flag or file to name.
     where = "space"
     if not isinstance(source, Mapping):
         where = f"--space={source}"
@@ -118,6 +121,7 @@ def read_space(source: Path | str | Mapping[str, Any], config: Config) -> Space:
         )
     space: dict[str, Range | Choices] = {}
     for name, values in source.items():
+        # Before its values: what may not be swept needs no valid range.
         _check_name(str(name), list(source), where)
         space[name] = _read_entry(name, values, f"{where}: {name}", config)
     return space
@@ -133,6 +137,7 @@ def with_options(config: Config, options: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: An option is unknown, or does not go with its value or with another.
     """
+    # The way of a flag of the command line, so that names and types are checked by the same rules.
     values = ConfigDict(dataclasses.asdict(config))
     change(values, options)
     return from_dict(values)
@@ -147,6 +152,7 @@ def describe_edges(space: Space, options: Mapping[str, Any]) -> list[str]:
     """Returns a sentence for each best value that lies at an end of its range."""
     sentences = []
     for name, values in space.items():
+        # Choices have no order, and so no end.
         if isinstance(values, Choices):
             continue
         share = values.share(options[name])
@@ -165,6 +171,7 @@ def describe_edges(space: Space, options: Mapping[str, Any]) -> list[str]:
 def _read_file(path: Path, where: str) -> Mapping[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{where}: there is no such file. Give a JSON file or a Python one.")
+    # Run by its path and not imported: a space lies beside its sweep and in no package.
     if path.suffix == ".py":
         found = runpy.run_path(str(path)).get("SPACE")
     else:
@@ -184,6 +191,7 @@ def _check_name(name: str, names: Sequence[str], where: str) -> None:
     for fixed, why in FIXED.items():
         if name == fixed or name.startswith(f"{fixed}."):
             raise ConfigError(f"{where}: {name} cannot be swept: {why}.")
+    # Whichever was set last would win, and the trial would say that both were.
     for other in names:
         if other.startswith(f"{name}."):
             raise ConfigError(
@@ -192,8 +200,11 @@ def _check_name(name: str, names: Sequence[str], where: str) -> None:
 
 
 def _read_entry(name: str, values: Any, where: str, config: Config) -> Range | Choices:
+    # A mapping is always a range: a choice that is a mapping stands in a list.
     if isinstance(values, Mapping):
         entry: Range | Choices = _read_range(name, values, where)
+        # What holds for both ends holds between them: options are bounded, if at all, by an
+        # interval.
         tried = [entry.low, entry.high]
         if entry.whole:
             tried = [int(end) for end in tried]
@@ -207,6 +218,8 @@ def _read_entry(name: str, values: Any, where: str, config: Config) -> Range | C
             f"{where}={echo(values)} must be a list of choices, or a range such as "
             '{"low": 1e-4, "high": 0.1, "log": true}.'
         )
+    # A value that the configuration refuses is said now, not by the trial that draws it hours
+    # later.
     for value in tried:
         try:
             with_options(config, {name: value})
@@ -227,12 +240,14 @@ def _read_range(name: str, values: Mapping[str, Any], where: str) -> Range:
     high = values["high"]
     log = values.get("log", False)
     step = values.get("step")
+    # Of equal ends nothing is drawn, and a share of their distance divides by 0.
     if not low < high:
         raise ConfigError(f"{where}: low={low} must be below high={high}.")
     if not isinstance(log, bool):
         raise ConfigError(f"{where}: log={echo(log)} must be true or false.")
     if log and low <= 0:
         raise ConfigError(f"{where}: low={low} must be above 0 where log is true.")
+    # Optuna takes no step of values that it draws by their logarithms.
     if step is not None and (log or not _is_number(step) or step <= 0):
         raise ConfigError(f"{where}: step={echo(step)} must be above 0, and goes without log.")
     # Of an option that takes any number, 1 to 10 are no ten numbers.
@@ -241,6 +256,7 @@ def _read_range(name: str, values: Mapping[str, Any], where: str) -> Range:
 
 
 def _is_number(value: Any) -> bool:
+    # In Python True is an int, and JSON as Python reads it has NaN and Infinity.
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -250,6 +266,7 @@ def _type_of(name: str) -> Any:
     for part in name.split("."):
         if not dataclasses.is_dataclass(cls):
             return None
+        # Annotations are text here; this reads them as the types they name.
         cls = typing.get_type_hints(cls).get(part)
     return cls
 

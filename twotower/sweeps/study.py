@@ -44,6 +44,7 @@ FILE = "study.db"
 # Trials before any is cut short: the median of fewer says little.
 UNPRUNED = 4
 State = Literal["finished", "pruned", "failed"]
+# By the names of Optuna's states, which can be read where Optuna is not imported.
 STATES: dict[str, State] = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
 LEAST_FOR_IMPORTANCES = 4  # finished trials
 # (configuration, folder of the run, folder of prepared data, callback) -> trains.
@@ -160,7 +161,9 @@ def run_trials(
             "config.split.validation=0: a sweep compares configurations on validation rows. Set "
             "--config.split.validation=0.1."
         )
+    # Trials are told by lines of our own, which name the metric.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # All that changes what a trial would reach: trials of other settings cannot be compared.
     settings = {
         "config": config.identity(),
         "metric": config.training.metric,
@@ -169,6 +172,7 @@ def run_trials(
         "prune": prune,
         "seed": seed,
     }
+    # Two processes would both draw the trial of the next number, and train in its folder.
     with exclusive(workdir, "sweep"):
         study = optuna.create_study(
             storage=f"sqlite:///{workdir / FILE}",
@@ -181,8 +185,11 @@ def run_trials(
         _give_up_killed(study)
         while len(_kept(study)) < trials:
             number = len(_kept(study))
+            # A new one for each trial: the state of a generator is not kept in the file, its seed
+            # is known.
             study.sampler = optuna.samplers.TPESampler(seed=seed + number)
             left = _untried(study, space, trials)
+            # The whole space is tried before the number of trials is reached.
             if left == []:
                 break
             if left is not None:
@@ -198,9 +205,11 @@ def run_trials(
         workdir=workdir,
         metric=config.training.metric,
         space=space,
+        # Of equal configurations the first alone was trained: others would be counted as tries.
         trials=[one for one in found if one.first == one.number],
         best=best,
         values=values,
+        # The seed of the first of its runs, so that training the configuration repeats that one.
         config=with_options(config, {**values, "training.seed": 0}),
         importances=importances,
     )
@@ -229,6 +238,8 @@ class _Trial:
         self._config = config
         self._metric = config.training.metric
         self._prune = prune
+        # Not Optuna's number, which counts killed trials too: these are drawn again under their
+        # own.
         self._number = len(_kept(study))
         self._trial = study.ask()
         self._options = draw(space, self._trial)
@@ -239,8 +250,10 @@ class _Trial:
         from optuna.trial import TrialState
 
         trial = self._trial
+        # At once: everything that is kept is found by it later.
         trial.set_user_attr("number", self._number)
         equal = self._equal()
+        # Draws of few choices repeat themselves; trained again, the same seeds reach the same.
         if equal is not None:
             self._take(equal)
             return
@@ -249,6 +262,7 @@ class _Trial:
         logging.info("Trial %d: %s", self._number, shown)
         try:
             values = self._train(train, folders)
+        # Of the seeds only the first was trained.
         except _Pruned:
             best = max(validations(folders[0], self._metric))
             self._end(TrialState.PRUNED, values=[best])
@@ -272,6 +286,7 @@ class _Trial:
             _Pruned: The first seed promises nothing.
         """
         config = with_options(self._config, self._options)
+        # By what the data depends on alone, so that trials that differ in their training share it.
         data = self._workdir / "data" / data_folder.digest_of(config)[:12]
         values = []
         for seed, folder in enumerate(folders):
@@ -284,6 +299,7 @@ class _Trial:
             if seed == 0:
                 self._report(folder)
             curve = validations(folder, self._metric)
+            # Data can have too few rows for a validation part although the split asks for one.
             if not curve:
                 raise ConfigError(f"{folder} was never validated: there are no validation rows.")
             values.append(max(curve))
@@ -293,6 +309,8 @@ class _Trial:
         def on_validation(step: int, values: Mapping[str, float]) -> None:
             self._report(folder)
             if self._prune and self._trial.should_prune():
+                # Through the training loop, which closes what it holds and ends as at any other
+                # error.
                 raise _Pruned
 
         return on_validation
@@ -311,6 +329,7 @@ class _Trial:
         value = None
         if state.name == "COMPLETE":
             value = statistics.mean(facts["values"])
+        # Last: until then a kill leaves a running trial, which is drawn again.
         self._study.tell(self._trial, value, state=state)
 
     def _equal(self) -> optuna.trial.FrozenTrial | None:
@@ -323,6 +342,8 @@ class _Trial:
     def _take(self, equal: optuna.trial.FrozenTrial) -> None:
         """Takes the outcome of an equal trial."""
         facts = dict(equal.user_attrs)
+        # The first of its kind, not the last: an equal trial may itself have taken what another
+        # had.
         facts |= {"number": self._number, "first": _tried(equal).first}
         self._end(equal.state, **facts)
 
@@ -342,6 +363,7 @@ def _check_same(study: optuna.Study, settings: Mapping[str, Any], workdir: Path)
     Raises:
         ConfigError: Settings differ; the message names them.
     """
+    # As the file gives them back: tuples come as lists, and would differ from themselves.
     now = json.loads(json.dumps(settings))
     before = study.user_attrs.get("settings", now)
     changed = differences(before, now, "sweep")
@@ -377,6 +399,7 @@ def _kept(study: optuna.Study) -> list[optuna.trial.FrozenTrial]:
     """Returns the trials that came to an end, which are not those that were killed."""
     kept = []
     for trial in study.get_trials(deepcopy=False):
+        # A failure of its own has a reason; without one the trial was killed and given up.
         has_ended = trial.state.is_finished() and trial.state.name != "FAIL"
         if has_ended or "reason" in trial.user_attrs:
             kept.append(trial)
@@ -393,6 +416,7 @@ def _untried(study: optuna.Study, space: Space, trials: int) -> list[dict[str, A
         if not isinstance(values, Choices):
             return None
         labels.append(list(values.values))
+    # Too many to try them all, so that TPE chooses which.
     if math.prod(map(len, labels)) > trials:
         return None
     whole = [dict(zip(space, chosen)) for chosen in itertools.product(*labels)]
@@ -416,6 +440,7 @@ def _tried(trial: optuna.trial.FrozenTrial) -> Tried:
 
 def _best(trials: Iterable[Tried]) -> Tried | None:
     """Returns the first of the greatest value; None where no trial was finished."""
+    # A pruned trial has the value of one seed and part of a curve: it is no rival.
     finished = [trial for trial in trials if trial.state == "finished"]
     return max(finished, key=lambda trial: trial.value, default=None)
 

@@ -24,6 +24,7 @@ def format_sweep(sweep: Sweep, best_file: Path, data: Path) -> str:
         best_file: File of the best configuration.
         data: Folder of its prepared data.
     """
+    # A terminal shows the best first; the page tells in which order they were tried.
     order = ranked(sweep.trials)
     rows = [[str(trial.number), *cells(trial, sweep)] for trial in order[:SHOWN]]
     header = ["trial", sweep.metric, "deviation", "", *short_names(list(sweep.space))]
@@ -32,10 +33,12 @@ def format_sweep(sweep: Sweep, best_file: Path, data: Path) -> str:
         lines.append(f"The best {SHOWN} of {len(order):,}.")
     lines += ["", best_line(sweep), *describe_edges(sweep.space, sweep.best.options)]
     if sweep.importances:
+        # By whole names, which can be copied into a space or a flag.
         shares = ", ".join(f"{name} {share:.0%}" for name, share in sweep.importances.items())
         lines.append(f"What the differences come from: {shares}.")
     lines += [f"{test_line(sweep)}", ""]
     lines.append(f"Best configuration: {best_file}")
+    # With the data of the sweep, which is not prepared again.
     flags = (f"--config={best_file}", f"--data={data}", "--workdir=runs/NAME")
     lines.append(f"  {command('train', *flags)}")
     lines.append(f"Its run: {sweep.runs[0]}")
@@ -45,6 +48,7 @@ def format_sweep(sweep: Sweep, best_file: Path, data: Path) -> str:
 def ranked(trials: Sequence[Tried]) -> list[Tried]:
     """Returns trials with the best first, and those that were not finished last."""
     states = ("finished", "pruned", "failed")
+    # The value of a pruned trial is of an unfinished curve, and is compared with no mean of seeds.
     return sorted(trials, key=lambda one: (states.index(one.state), -one.value, one.number))
 
 
@@ -65,6 +69,7 @@ def count_line(sweep: Sweep) -> str:
 
 def best_line(sweep: Sweep) -> str:
     """Returns the best value, with the number of those that it is the best of."""
+    # The greatest of many noisy figures is in part luck, and a reader must know of how many.
     best = sweep.best
     return (
         f"Best: trial {best.number}, validation {sweep.metric} {best.value:.4f}, the best of "
@@ -78,10 +83,12 @@ def test_line(sweep: Sweep) -> str:
         return "There are no test rows: how good the best is on rows that chose nothing is unknown."
     parts = []
     for name in sweep.test[0]:
+        # An evaluation has dozens of figures: these two are those that people compare.
         if name.partition("@")[0] not in TEST_METRICS:
             continue
         values = [figures[name] for figures in sweep.test]
         text = f"{name} {statistics.mean(values):.4f}"
+        # A single seed has no deviation, and 0 would claim that there is none.
         if len(values) > 1:
             text += f" ± {statistics.stdev(values):.4f}"
         parts.append(text)
@@ -115,6 +122,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     """
     parts = [name.split(".") for name in names]
     common = 0
+    # Each keeps its last part at least, even where it is the only option.
     while all(
         len(one) > common + 1 and one[: common + 1] == parts[0][: common + 1] for one in parts
     ):

@@ -30,10 +30,13 @@ def audit_table(audits: Iterable[Audit]) -> dict[str, dict[str, Any]]:
     table: dict[str, dict[str, Any]] = {}
     for audit in audits:
         said = {"speaks": audit.speaks, "sentence": audit.sentence}
+        # Flat, so that a figure is found by one name and its audit: "ties.share".
         table[audit.name] = said | dict(audit.figures)
     return table
 
 
 def spoken_sentences(table: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Returns the sentences of the audits that speak, in the order of `audit_table`."""
+    # From the table, not from the audits: a report is made from the JSON file of an earlier run
+    # too.
     return [audit["sentence"] for audit in table.values() if audit["speaks"]]

@@ -34,6 +34,7 @@ def audit_unreachable(answers: Mapping[str, Any]) -> Audit:
         answers: Result of `twotower.evaluation.measure.measure_answers`.
     """
     figures = {name: answers[name] for name in ("all", "outside_corpus", "greatest_recall")}
+    # Made where the figures are made, which must say it even where nothing is audited.
     if "warning" in answers:
         return Audit("unreachable", True, answers["warning"], figures)
     return Audit("unreachable", False, "Every right answer is in the corpus.", figures)
@@ -48,6 +49,8 @@ def audit_leakage(parts: Split, config: Config) -> Audit:
         parts: The parts of the log.
         config: Configuration that the log was divided for.
     """
+    # Items that are described by the rows of the log are so by held-out rows too, unless training
+    # rows alone are taken.
     held_out_text = describes_items(config.data) and not takes_items_of_log(config.data)
     findings = accepted_findings(parts, config.split, describes_items=held_out_text)
     figures = {"rows": {finding.name: finding.rows for finding in findings}}
@@ -55,6 +58,7 @@ def audit_leakage(parts: Split, config: Config) -> Audit:
         return Audit("leakage", False, "Training rows reveal no held-out row.", figures)
     reasons = []
     for finding in findings:
+        # The first sentence says why it leaks; those after it say what to do.
         why = FINDINGS[finding.name].reason.split(". ")[0].rstrip(".")
         reasons.append(f"{finding.message} ({finding.name}: {why})")
     names = ", ".join(repr(finding.name) for finding in findings)
@@ -68,6 +72,7 @@ def audit_leakage(parts: Split, config: Config) -> Audit:
 
 def audit_never_trained(queries: Queries) -> Audit:
     """Says how many right answers are items of the corpus that no training row has."""
+    # Counts are of training rows, so that 0 says that a tower has only the columns to go by.
     count = int((queries.counts[queries.relevant.values] == 0).sum())
     total = int(queries.num_relevant.sum())
     share = count / max(total, 1)
@@ -97,15 +102,19 @@ def audit_ties(held_out: Rows, earlier: Sequence[Rows], config: SplitConfig) -> 
         config: Kind of the split, and its order of ties.
     """
     if held_out.timestamp is None:
+        # An order that nobody can check is no tie.
         sentence = "The log has no times: the order of the file is its order."
         return Audit("ties", False, sentence)
     parts = [part for part in (*earlier, held_out) if len(part)]
     moments = _moment_keys(parts)
+    # The held-out part is the last of those that were joined.
     start = len(moments) - len(held_out)
     is_tied = np.isin(moments[start:], moments[:start])
+    # By users and not by rows: under leave-one-out each of them is one query.
     users = len(np.unique(held_out.user))
     tied = len(np.unique(held_out.user[is_tied]))
     moments = np.sort(moments)
+    # Each user has one neighbour less than rows.
     neighbours = len(moments) - len(np.unique(np.concatenate([part.user for part in parts])))
     # Keys of one user and one time follow each other once they are sorted.
     tied_neighbours = int((moments[1:] == moments[:-1]).sum())
@@ -120,6 +129,7 @@ def audit_ties(held_out: Rows, earlier: Sequence[Rows], config: SplitConfig) -> 
         f"The held-out answer of {tied:,} of {users:,} users ({format_share(tied, users)}) has the "
         "time of an earlier row of theirs"
     )
+    # A split by time keeps rows of one second together, and one by chance asks for no order.
     has_order = config.kind in ("leave_last_out", "fixed")
     if not has_order or share < SHARE_OF_TIES:
         return Audit("ties", False, f"{sentence}.", figures)
@@ -160,6 +170,7 @@ def audit_duplicates(queries: Queries, natural: float) -> Audit:
     )
     if share < SHARE_OF_DUPLICATES:
         return Audit("duplicates", False, f"{sentence}.", figures)
+    # Repeats are no fault of the split where training repeats itself at least half as much.
     if natural >= share / 2:
         sentence += (
             ": users come back, so repeats are natural here. They are left out where seen items "
@@ -197,6 +208,7 @@ def audit_shortcut(
         f"{adjacent:.1%} of the right answers stand within {WINDOW} rows of the user's last item "
         f"with some user in training, and the untrained item graph has {metric} {graph:.4f}"
     )
+    # Against the interval and not the figure: a lead within it may be luck.
     if graph < low:
         return Audit("shortcut", False, f"{sentence}, less than the model.", figures)
     if graph > high:
@@ -222,6 +234,7 @@ def adjacent_share(queries: Queries, sequences: Ragged) -> float:
     seen = queries.seen
     has_last = seen.lengths[queries.seen_row] > 0
     if not has_last.any():
+        # Nobody has a last item where every user is new.
         return 0.0
     last = np.zeros(len(queries), np.int64)
     last[has_last] = seen.values[seen.offsets[queries.seen_row[has_last] + 1] - 1]
@@ -236,6 +249,7 @@ def adjacent_share(queries: Queries, sequences: Ragged) -> float:
         is_one_user = users[:-distance] == users[distance:]
         earlier = items[:-distance][is_one_user]
         later = items[distance:][is_one_user]
+        # Both ways, as the graph is walked: a user's last item may follow what is asked for.
         for keys in (pair_keys(earlier, later), pair_keys(later, earlier)):
             is_joined |= np.isin(pairs, keys)
     total = int(queries.num_relevant[has_last].sum())

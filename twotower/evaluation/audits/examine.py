@@ -54,6 +54,7 @@ def examine(
         measured: Figures of `twotower.evaluation.measure.measure_run`.
         evaluation: The model's lists, with seen items masked.
     """
+    # Names what was measured, which may be training rows: audits ask what came before that part.
     split = measured["protocol"]["split"]
     vectors = sample_vectors(run, queries)
     data = audit_data(run.prepared, every_query, split, measured["answers"])
@@ -62,6 +63,7 @@ def examine(
     return {
         "audits": audit_table([*data, *model]),
         "health": {
+            # With the whole vectors: the loss saw them, while a bundle may hold a cut of them.
             **health.training_health(run.prepared, whole_model, run.weights),
             **health.vector_health(vectors.by_side, queries.counts[vectors.rows]),
             "hubness": health.hub_histogram(evaluation.exposures[k], k),
@@ -120,8 +122,10 @@ def audit_model(
     metric = f"recall@{k}"
     baselines = measured.get("baselines", {})
     recall = measured["model"][metric]
+    # Without intervals the figure stands for both of its ends.
     interval = measured["model_intervals"].get(metric, [recall, recall])
     found = [audit_signal(queries, metric, k, interval, baselines)]
+    # A log that is too large for the graph leaves it out, and the comparison with it.
     if "item_graph" in baselines:
         train = prepared.positives("train")
         sequences = items_of_users([train], num_users=len(prepared.users))
@@ -158,8 +162,10 @@ class SampledVectors(NamedTuple):
 
 def sample_vectors(run: Run, queries: Queries) -> SampledVectors:
     """Embeds at most `AUDIT_USERS` users of the queries and `AUDIT_ITEMS` items."""
+    # The same items in every evaluation, so that a change is one of the model.
     rows = evenly_spaced(np.arange(queries.num_items), AUDIT_ITEMS)
     features = {name: values[rows] for name, values in run.prepared.features["item"].items()}
     items = embed_rows(run.model, run.weights, "item", features)
+    # Users as they ask, with the history that the query gives them, not all users of the log.
     users = query_vectors(run.prepared, run.model, run.weights, queries.sample(AUDIT_USERS))
     return SampledVectors(users, items, rows)

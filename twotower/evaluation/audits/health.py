@@ -21,6 +21,7 @@ from twotower.training.candidates import NegativeSampling, corpus_size
 from twotower.training.state import Trainer
 
 BATCHES = 8  # batches that are drawn
+# All queries of a batch of 8,192 would be compared with all its items, 67 million pairs.
 BATCH_QUERIES = 512  # queries of each that are looked at
 DECILES = 10
 
@@ -43,12 +44,15 @@ def training_health(
         "temperature": float(model.temperature(weights.params))
     }
     trainer = Trainer.build(prepared.config, model, corpus_size(prepared))
+    # Small data makes smaller batches, and so fewer negatives than were configured.
     sampling = trainer.scaled_to(prepared.num_examples).sampling
+    # A loss on labels draws nothing.
     if not sampling.candidates:
         return health
     train = prepared.positives("train")
     counts = np.bincount(train.item, minlength=len(prepared.items))
     health["expected_counts"] = expected_counts(sampling, counts)
+    # The batches below are drawn by rows; packed sequences mix their rows by other rules.
     if prepared.packing is not None:
         return health
     seen = items_of_users([train], num_users=len(prepared.users))
@@ -80,6 +84,7 @@ def batch_rates(
         of the other rows' items that are no negatives of a query, as they are its own item or of
         its user; and "false_negative_rate", share of its negatives that its user has in training.
     """
+    # Not those that training drew: rates of any batches will do, and the same ones each time.
     generator = np.random.default_rng(seed)
     size = min(size, len(train))
     duplicates = []
@@ -97,6 +102,8 @@ def batch_rates(
         if masks_same_user:
             is_masked |= users[query, None] == users[None, :]
         is_negative = is_other & ~is_masked
+        # The mask knows the rows of the batch alone: the other items of a user stay as false
+        # negatives.
         is_known = seen.contains(users[query, None], items[None, :])
         masked.append((is_other & is_masked).sum() / max(is_other.sum(), 1))
         false.append((is_negative & is_known).sum() / max(is_negative.sum(), 1))
@@ -123,6 +130,7 @@ def expected_counts(sampling: NegativeSampling, counts: np.ndarray) -> dict[str,
     """
     config = sampling.config
     expected = np.zeros(len(counts))
+    # The whole catalogue is scored, and nothing is drawn.
     if config.catalogue:
         expected += 1.0
     else:
@@ -130,6 +138,7 @@ def expected_counts(sampling: NegativeSampling, counts: np.ndarray) -> dict[str,
         expected += draws * counts / max(counts.sum(), 1)
     expected += config.uniform / len(counts)
     if config.popularity:
+        # An item without a row must weigh 0 for any alpha, 0 included, where 0 ** 0 is 1.
         powers = np.where(counts > 0, np.maximum(counts, 1e-300) ** config.alpha, 0.0)
         expected += config.popularity * powers / max(powers.sum(), 1e-300)
     deciles = [float(expected[part].mean()) for part in _popularity_deciles(counts)]
@@ -176,14 +185,17 @@ def hub_histogram(exposures: np.ndarray, k: int) -> dict[str, Any]:
         "k", and "lists" and "items" of equal length: items that stand in at least so many lists,
         and in fewer than the next number says: 0, 1, 2, 4, 8, ...
     """
+    # Doubling: most items stand in few lists, and a hub stands in thousands.
     edges = [0, 1]
     while edges[-1] <= exposures.max(initial=0):
         edges.append(2 * edges[-1])
+    # Up to infinity: the last edge would else belong to its bin, and to no other one.
     numbers, _ = np.histogram(exposures, [*edges[:-1], np.inf])
     return {"k": k, "lists": edges[:-1], "items": numbers.tolist()}
 
 
 def _popularity_deciles(counts: np.ndarray) -> list[np.ndarray]:
     """Returns the items from the least popular on in ten parts, fewer where there are fewer."""
+    # Stable: equals are many among the least popular, and must fall into the same tenth each time.
     order = np.argsort(counts, kind="stable")
     return np.array_split(order, min(DECILES, len(order)))

@@ -41,8 +41,10 @@ def audit_signal(
     if "popularity" in baselines:
         rivals["popularity"] = baselines["popularity"][metric]
     figures = {"metric": metric, "interval": [low, high], **rivals}
+    # Chance wins where popular items are those that users have seen already.
     best = max(rivals, key=rivals.__getitem__)
     against = f"{metric} between {low:.4f} and {high:.4f} against {best}'s {rivals[best]:.4f}"
+    # The lower end, since a figure within its error of chance is no signal.
     if low > rivals[best]:
         return Audit("no_signal", False, f"The model is ahead of {best}: {against}.", figures)
     sentence = (
@@ -77,6 +79,7 @@ def audit_collapse(vectors: Mapping[str, np.ndarray]) -> Audit:
         cosine = mean_cosine(values)
         rank = effective_rank(values)
         figures[name] = {"mean_cosine": cosine, "effective_rank": rank, "dim": values.shape[1]}
+        # At least 2: of a narrow vector the share is below 1, which every rank passes.
         few = max(2.0, SHARE_OF_DIMENSIONS * values.shape[1])
         if cosine > GREATEST_COSINE or rank < few:
             collapsed.append(name)
@@ -121,6 +124,7 @@ def effective_rank(vectors: np.ndarray) -> float:
     squares = np.linalg.eigvalsh(vectors.T @ vectors)
     values = np.sqrt(np.maximum(squares, 0.0))
     total = values.sum()
+    # Vectors that are all zero, of which a share is none.
     if not total:
         return 1.0
     shares = values[values > 0] / total
@@ -141,6 +145,7 @@ def audit_hubness(exposures: np.ndarray, k: int) -> Audit:
     total = int(exposures.sum())
     share = float(ordered[:top].sum() / max(total, 1))
     deviations = exposures - exposures.mean()
+    # The skewness of equal numbers is undefined, and nothing is a hub among them.
     spread = float(np.sqrt(np.square(deviations).mean()))
     skewness = 0.0
     if spread:
@@ -175,6 +180,7 @@ def audit_norms(items: np.ndarray, counts: np.ndarray, *, normalized: bool) -> A
         f"Lengths of item vectors and numbers of training rows have Spearman's rank correlation "
         f"{correlation:.2f}"
     )
+    # Either sign: lengths that fall with popularity say as little else.
     if abs(correlation) < GREATEST_CORRELATION:
         return Audit("norm_popularity", False, f"{sentence}.", figures)
     sentence += (
@@ -191,4 +197,5 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
+    # Of ranks with ties at their mean, where the textbook's formula for distinct ranks is off.
     return float(np.corrcoef(scipy.stats.rankdata(a), scipy.stats.rankdata(b))[0, 1])

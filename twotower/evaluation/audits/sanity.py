@@ -55,6 +55,7 @@ def check_sanity(
     items = run.prepared.items
     spec = run.prepared.encoder.spec
     columns = {"title": title, "category": category}
+    # Before anything is embedded, which takes longer than a reader waits for a misspelt name.
     for name, column in columns.items():
         if column:
             choose(dict.fromkeys(items.column_names), column, f"--sanity_{name}")
@@ -62,6 +63,7 @@ def check_sanity(
     category = category or find_category(spec, items)
     cannot = []
     found: dict[str, Any] = {}
+    # Examples of categories show ids where there are no titles.
     texts = _texts(items, title or "item_id")
     if title:
         rows = evenly_spaced(np.arange(len(items)), SAMPLE)
@@ -74,6 +76,7 @@ def check_sanity(
             "Titles were not compared: no feature of the items is a text. Name a column of the "
             f"items by --sanity_title: {', '.join(items.column_names)}."
         )
+    # Somebody made up has events and no id: without a history the tower has nothing to read.
     if category and spec.history is not None:
         found["categories"] = {"column": category, "events": EVENTS, "k": K}
         found["categories"] |= ask_categories(retriever, items, category, texts, seed=seed)
@@ -111,6 +114,7 @@ def find_category(spec: FeatureSpec, items: pa.Table) -> str:
         column = feature.columns_read[0]
         if column in items.column_names and column != "item_id":
             num_values[column] = len(set(_texts(items, column)))
+    # A column of nearly as many values as items names them, and one of one value divides nothing.
     fitting = {name: n for name, n in num_values.items() if 1 < n <= len(items) / SMALLEST}
     if "category" in fitting:
         return "category"
@@ -135,7 +139,9 @@ def compare_titles(
     words = [frozenset(title.lower().split()) for title in titles]
     lengths = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-30)
     units = vectors / lengths
+    # All pairs of a sample: for 1,000 items four megabytes.
     cosines = units @ units.T
+    # An item is nearest to itself.
     np.fill_diagonal(cosines, -np.inf)
     shared = _share_of_words(words)
     np.fill_diagonal(shared, 0.0)
@@ -144,12 +150,14 @@ def compare_titles(
     generator = np.random.default_rng(seed)
     values = []
     for anchor in anchors:
+        # No word in common at all; the diagonal was set to 0 and has to be taken out.
         unlike = np.flatnonzero(shared[anchor] == 0)
         unlike = unlike[unlike != anchor]
         if not len(unlike):
             continue
         other = cosines[anchor, generator.choice(unlike)]
         own = cosines[anchor, like[anchor]]
+        # A tie counts half, as in the area under a ROC curve.
         values.append(float(own > other) + 0.5 * float(own == other))
     shown = generator.permutation(len(titles))[:EXAMPLES]
     examples = []
@@ -159,6 +167,7 @@ def compare_titles(
     found: dict[str, float | int | list[Any]] = {"pairs": len(values), "examples": examples}
     if values:
         of_items = np.array(values)[:, None]
+        # Each item is a group of its own, which is drawn or not.
         low, high = interval(resampled_means(of_items, np.arange(len(values))))
         found["auc"] = float(np.mean(values))
         found["interval"] = [float(low[0]), float(high[0])]
@@ -212,11 +221,13 @@ def ask_categories(
         that the items of these categories have; "categories", their number; and "examples": the
         category, its share, and titles of the list.
     """
+    # Of object: an array of NumPy's text pads each value to the longest.
     names = np.array(_texts(items, column), dtype=object)
     ids = items["item_id"].to_pylist()
     row_of_id = {item_id: row for row, item_id in enumerate(ids)}
     values, counts = np.unique(names.astype(str), return_counts=True)
     largest = np.argsort(-counts, kind="stable")[:CATEGORIES]
+    # Without the empty text, which stands for no category.
     asked = [values[i] for i in largest if counts[i] >= SMALLEST and values[i]]
     generator = np.random.default_rng(seed)
     shares = []
@@ -226,6 +237,7 @@ def ask_categories(
         rows = np.flatnonzero(names == value)
         events = [ids[row] for row in generator.choice(rows, EVENTS, replace=False)]
         listed = retriever.recommend(events=events, k=K)
+        # A live catalogue may list items that the run was not trained with.
         listed_rows = [row_of_id[item.item_id] for item in listed if item.item_id in row_of_id]
         share = float(np.mean(names[listed_rows] == value)) if listed_rows else 0.0
         shares.append(share)
@@ -234,6 +246,7 @@ def ask_categories(
             examples.append([value, share, [titles[row] for row in listed_rows[:EXAMPLES]]])
     found: dict[str, Any] = {"categories": len(asked), "examples": examples}
     if asked:
+        # By categories: lists of one category are alike, and would make the interval too narrow.
         of_categories = np.array(shares)[:, None]
         low, high = interval(resampled_means(of_categories, np.arange(len(asked))))
         found["share"] = float(np.mean(shares))

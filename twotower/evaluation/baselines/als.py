@@ -70,17 +70,22 @@ class AlsModel:
         """Returns the factors of users with these items, float32 [b, D]; 0 of none."""
         items = self.factors.astype(np.float64)
         width = items.shape[1]
+        # The same for all users: only the items that one took are added to it (the paper's
+        # speed-up).
         everybody = items.T @ items + self.setting.regularization * np.eye(width)
         users = np.zeros((len(seen), width), np.float32)
         for row, listed in enumerate(seen):
+            # The solution without items is 0 as well, at the price of a system of equations.
             if not len(listed):
                 continue
             taken = items[listed]
+            # An item that was taken is in the sum of all already, with weight 1.
             weighed = everybody + (self.setting.confidence - 1.0) * (taken.T @ taken)
             users[row] = np.linalg.solve(weighed, self.setting.confidence * taken.sum(0))
         return users
 
     def __call__(self, queries: Queries) -> Scores:
+        # Users are solved for block by block: all scores at once would be users by items.
         return lambda block: self.users(queries.seen_lists(block)) @ self.factors.T
 
 
@@ -115,8 +120,10 @@ def fit_als(
 
 def _fit(train: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
     settings = SETTINGS if tuning is not None else SETTINGS[1:2]
+    # A pair costs three products with its factors, a row one solution; twice for both sides.
     operations = 6.0 * FACTORS * len(train.values) + 3.0 * FACTORS**2 * (len(train) + num_items)
     seconds = 2 * ITERATIONS * len(settings) * operations / OPERATIONS_A_SECOND
+    # Below that nobody asks what is going on.
     if seconds > 5:
         logging.info(
             "als: %d users and %d items take about %.0f s on one core for %d settings.",
@@ -161,6 +168,7 @@ def factorize(train: Ragged, num_items: int, setting: AlsSetting, *, seed: int =
 
 def has_implicit() -> bool:
     """Whether the extra "als" is installed."""
+    # Looked for and not imported, which takes seconds and starts threads.
     import importlib.util
 
     return importlib.util.find_spec("implicit") is not None

@@ -78,6 +78,7 @@ def export_baseline(
     of_baseline = baseline_run(run, factors)
     choice = dataclasses.asdict(factors.choice)
     entries: dict[str, Any] = {"baseline": {"name": name, **choice, "exact": factors.is_exact}}
+    # Measured as vectors and not as fitted: narrower ones lose something, and that is served.
     if len(prepared.test):
         entries["figures"] = {"test": _measure(of_baseline)}
     return export(of_baseline, folder, changes=changes, with_users=with_users, figures=entries)
@@ -85,6 +86,7 @@ def export_baseline(
 
 def _measure(run: Run) -> dict[str, float]:
     """Returns the figures of the test rows, seen items masked."""
+    # The path of a trained model, from its towers to its lists, which a service takes too.
     evaluation = run.config.evaluation
     queries = make_queries(run.prepared, "test", evaluation.query).sample(MEASURED_QUERIES)
     scores = model_scores(run.prepared, run.model, run.weights, queries)
@@ -115,6 +117,7 @@ def baseline_run(run: Run, factors: Factors) -> Run:
 def _config(config: Config, factors: Factors) -> Config:
     """Returns the configuration of the towers."""
     dim = factors.items.shape[1]
+    # One more than the vectors, for the popularity.
     layers = TowerConfig(layers=(dim + 1,))
     user: dict[str, Any] = {"history": {"type": "history", "max_length": factors.length}}
     width = 2 * dim + 1
@@ -122,6 +125,7 @@ def _config(config: Config, factors: Factors) -> Config:
         user = {"user_id": {"type": "string", "embedding_size": dim}}
         width = dim + 1
     features = {"user": user, "item": {"item_id": {"type": "string", "embedding_size": width}}}
+    # A weighted mean is all that the baselines need of a history, and recency gives the decay.
     history = HistoryConfig(kind="bag", recency=True, dropout=0.0)
     model = ModelConfig(user=layers, item=layers, history=history, normalize=False)
     # Neither labels nor widths of the towers that were trained.
@@ -157,6 +161,7 @@ def _weights(prepared: PreparedData, factors: Factors, fresh: Weights) -> Weight
     read = factors.read
     columns = [factors.items, factors.popularity[:, None]]
     if read is not None:
+        # First: the user's tower takes the first columns of a row, the item's the last.
         columns.insert(0, read)
     rows = np.concatenate(columns, axis=1)
     tables = {}

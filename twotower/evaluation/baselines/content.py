@@ -28,6 +28,7 @@ def text_columns(items: pa.Table) -> list[str]:
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    # A list of genres or a dictionary-encoded column holds texts as well.
     if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
         return _is_text(kind.value_type)
     return types.is_string(kind) or types.is_large_string(kind)
@@ -50,11 +51,13 @@ def word_vectors(items: pa.Table) -> Any:
     columns = []
     for column in text_columns(items):
         for row, value in enumerate(items[column].to_pylist()):
+            # Once a column: a word that a text repeats tells no more of rarity.
             for word in set(_WORDS.findall(_joined(value).lower())):
                 rows.append(row)
                 columns.append(words.setdefault(word, len(words)))
     if not words:
         return None
+    # Distinct over columns too: a title may repeat its brand.
     lists = Ragged.from_pairs(np.array(rows), np.array(columns), num_rows=len(items)).distinct()
     counts = np.bincount(lists.values, minlength=len(words))
     is_shared = counts[lists.values] > 1
@@ -62,6 +65,7 @@ def word_vectors(items: pa.Table) -> Any:
     weights = np.log(len(items) / counts[lists.values])
     lengths = np.sqrt(np.bincount(lists.rows, weights**2, minlength=len(items)))
     weights /= np.maximum(lengths[lists.rows], 1e-12)
+    # Words that all items have weigh log(1) = 0.
     if not weights.any():
         return None
     return sparse_array(weights.astype(np.float32), lists.values, lists.offsets, len(words))
@@ -80,6 +84,7 @@ def content_scores(vectors: Any, queries: Queries) -> Scores:
         vectors: Sparse array [N, W] of rows of length 1, see `word_vectors`.
         queries: Queries to score.
     """
+    # Turned once, not for each block of queries.
     columns = vectors.T.tocsr()
 
     def scores(block: slice) -> np.ndarray:
@@ -105,6 +110,7 @@ def find_categories(items: pa.Table) -> tuple[str, Ragged] | None:
         Name of the column, and N lists of categories as numbers; None where no column will do.
     """
     names = text_columns(items)
+    # False sorts before True: named columns come first, and the others keep their order.
     for name in sorted(names, key=lambda name: _CATEGORY.search(name) is None):
         values = items[name].to_pylist()
         codes: dict[str, int] = {}
@@ -115,6 +121,7 @@ def find_categories(items: pa.Table) -> tuple[str, Ragged] | None:
             for one in filter(None, listed):
                 rows.append(row)
                 numbers.append(codes.setdefault(one, len(codes)))
+        # Two at least, or every item has the same one.
         if 2 <= len(codes) <= max(2, MAX_CATEGORIES * len(values)):
             pairs = (np.array(rows), np.array(numbers))
             return name, Ragged.from_pairs(*pairs, num_rows=len(values)).distinct()

@@ -119,6 +119,7 @@ def make_factors(
     Raises:
         ConfigError: It is no product of vectors, or the data does not allow it.
     """
+    # Before `choose`, which would call a known baseline unknown and offer another.
     if name in NOT_EXPORTED:
         raise ConfigError(f"--baseline={name} is no bundle: {NOT_EXPORTED[name]}.")
     make = choose(MAKERS, name, "--baseline")
@@ -135,6 +136,7 @@ def _last_week(source: _Source) -> Factors:
     train = source.prepared.positives("train")
     if train.timestamp is None:
         raise ConfigError("--baseline=popularity_last_week needs times, and the log has none.")
+    # As measured: the week ends with training, not with the log.
     is_late = train.timestamp > train.timestamp.max() - WEEK
     order = popularity_order(train, source.num_items, among=is_late)
     values = np.empty(source.num_items, np.float32)
@@ -144,6 +146,7 @@ def _last_week(source: _Source) -> Factors:
 
 def _constant(source: _Source, popularity: np.ndarray, choice: Choice) -> Factors:
     """Returns the same order for everybody."""
+    # Towers need vectors of some width: these leave the order to popularity.
     nothing = np.zeros((source.num_items, 1), np.float32)
     return Factors(nothing, popularity, choice, read=nothing, length=1)
 
@@ -158,8 +161,10 @@ def _categories(source: _Source) -> Factors:
     column, categories = found
     of_items = binary_matrix(categories, int(categories.values.max()) + 1).toarray()
     trained = source.prepared.positives("train").item
+    # A row whose item is not in the corpus has item -1.
     counts = np.bincount(trained[trained >= 0], minlength=source.num_items)
     return Factors(
+        # The count weighs the item, not the user: each list of categories is then ranked by it.
         of_items * counts[:, None].astype(np.float32),
         source.popularity,
         Choice(f"by {column}"),
@@ -172,6 +177,7 @@ def _words(source: _Source) -> Factors:
     if vectors is None:
         raise ConfigError("--baseline=last_item_words needs a column of texts, and there is none.")
     product = _Product(
+        # Cosines are symmetric, so that the matrix is its own transpose.
         source.num_items, lambda x: vectors @ (vectors.T @ x), lambda x: vectors @ (vectors.T @ x)
     )
     return _of_product(source, product, describe_words(source.prepared.items), length=1)
@@ -183,6 +189,7 @@ def _graph(source: _Source) -> Factors:
     steps = model.steps
 
     def times(x: np.ndarray) -> np.ndarray:
+        # From the right: the square of the graph is never made, which is nearly full.
         first = steps @ (model.discount[:, None] * x)
         return first + second * (steps @ first)
 
@@ -259,6 +266,7 @@ def factorize(product: _Product, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """
     size = product.size
     if size <= dim:
+        # A small corpus is exact, and the identity picks its columns.
         identity = np.eye(size, dtype=np.float32)
         return np.asarray(product.times(identity), np.float32), identity
     # A few more directions than are kept make the kept ones nearly exact.
@@ -267,10 +275,13 @@ def factorize(product: _Product, dim: int) -> tuple[np.ndarray, np.ndarray]:
     sketch = np.random.default_rng(0).normal(size=(size, width)).astype(np.float32)
     basis = np.linalg.qr(np.asarray(product.times(sketch)))[0]
     for _ in range(2):
+        # Powers make the greatest singular values stand out, and orthogonal columns keep the others
+        # from being lost in rounding. Four rounds took twice as long and came no nearer.
         basis = np.linalg.qr(np.asarray(product.transposed(basis)))[0]
         basis = np.linalg.qr(np.asarray(product.times(basis)))[0]
     small = np.asarray(product.transposed(basis)).T
     left, values, right = np.linalg.svd(small, full_matrices=False)
+    # The root to each side, so that vectors of users and of items have lengths of one size.
     scale = np.sqrt(values[:dim])
     read = (basis @ left[:, :dim]) * scale
     items = right[:dim].T * scale

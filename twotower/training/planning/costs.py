@@ -21,9 +21,11 @@ _RING_PASSES = {
     "all_gather_invariant": 1,
     "reduce_scatter": 1,
     "all_to_all": 1,
+    # A reduce-scatter and an all-gather.
     "psum": 2,
     "psum_invariant": 2,
 }
+# Their bodies run many times, and are costed apart.
 _LOOPS = ("scan", "while")
 # The same bytes under another shape.
 _VIEWS = ("reshape", "squeeze", "expand_dims", "pvary", "pcast", "copy", "optimization_barrier")
@@ -129,6 +131,7 @@ def read_cost(traced: ClosedJaxpr, target: Target, *, donated: int = 0) -> Cost:
     """
     jaxpr = traced.jaxpr
     first = len(jaxpr.constvars)
+    # A program of one device has no shard_map around it.
     if len(jaxpr.eqns) == 1 and jaxpr.eqns[0].primitive.name == "shard_map":
         # Shapes within it are those of one device. Constants that were hoisted come first.
         inputs = len(jaxpr.invars)
@@ -158,6 +161,7 @@ def _write_out(jaxpr: Jaxpr, target: Target, carried: dict[int, int]) -> _Progra
         numbers = dict(zip(variables, arguments, strict=True))
 
         def number_of(atom: Any) -> int:
+            # A number within the program is no variable, and nobody else reads it.
             if isinstance(atom, Literal):
                 return new(atom.aval)
             return numbers[atom]
@@ -165,6 +169,8 @@ def _write_out(jaxpr: Jaxpr, target: Target, carried: dict[int, int]) -> _Progra
         for equation in jaxpr.eqns:
             reads = [number_of(atom) for atom in equation.invars]
             called = _called(equation, target.platform)
+            # Calls are written out, since a compiler fuses across them and memory is reused across
+            # them.
             if called is None:
                 writes = [new(var.aval) for var in equation.outvars]
                 kind = equation.primitive.name
@@ -189,6 +195,7 @@ def _called(equation: Any, platform: str) -> tuple[Jaxpr, int] | None:
     # Bodies of reductions and scatters join two numbers.
     if name in _LOOPS or name.startswith(("reduce", "scatter")):
         return None
+    # Of a choice by platform one branch is compiled; a choice by numbers is costed where it stands.
     if name == "cond":
         platforms = equation.params.get("branches_platforms") or ()
         for branch, names in zip(equation.params["branches"], platforms):
@@ -197,6 +204,7 @@ def _called(equation: Any, platform: str) -> tuple[Jaxpr, int] | None:
                 return branch.jaxpr, 1
         return None
     bodies = list(_bodies(equation.params))
+    # A call whose operands are not those of its body one by one cannot be put in its place.
     if len(bodies) != 1 or len(bodies[0].invars) != len(equation.invars):
         return None
     return bodies[0], 0
@@ -227,6 +235,7 @@ def _cost(program: _Program, target: Target) -> Cost:
     live = peak = blocks = 0.0
     # Arguments are counted by whoever holds them.
     allocated = set(program.inputs)
+    # Number of an operation -> arrays whose memory is free after it.
     ends: dict[int, list[int]] = {}
     for number, operation in enumerate(program.operations):
         inner = _inner(operation, target)
@@ -236,6 +245,7 @@ def _cost(program: _Program, target: Target) -> Cost:
         dying = ends.setdefault(number, [])
         for output in operation.writes:
             place = storage[output]
+            # A view and a result that is written over another take no memory of their own.
             if output not in stored or place in allocated:
                 continue
             allocated.add(place)
@@ -245,11 +255,13 @@ def _cost(program: _Program, target: Target) -> Cost:
             if _is_fused(operation.kind) and not target.platform:
                 equal = (other for other in dying if sizes[other] == sizes[place])
                 reused = next(equal, None)
+            # Of a reused operand the memory stays taken, under another name.
             if reused is None:
                 live += sizes[place]
             else:
                 dying.remove(reused)
             ends.setdefault(max(last_use.get(place, number), number), []).append(place)
+        # Before what dies here is freed: an operation holds its operands and its results at once.
         if live + inner.peak > peak:
             peak = live + inner.peak
             blocks = inner.peak
@@ -271,6 +283,7 @@ def _stored(program: _Program) -> set[int]:
         if _is_fused(operation.kind):
             continue
         stored.update(operation.writes)
+        # A reduction reads fused operands one by one, so that they need never be whole.
         if operation.kind not in _REDUCTIONS:
             stored.update(operation.reads)
     return stored
@@ -304,6 +317,7 @@ def _storage(program: _Program) -> dict[int, int]:
     """Returns the array whose memory each one takes: a scatter, and the carry of a loop, write into
     the array that they are given."""
     storage = {number: number for number in range(len(program.avals))}
+    # In order: an array that is written into one which took another's memory takes that one's.
     storage |= program.written_over
     for operation in program.operations:
         reads = operation.reads
@@ -352,6 +366,7 @@ def _last_uses(
             continue
         for read in _read_sources(operation, stored, sources):
             last[storage[read]] = number
+    # Results outlive the program, so that nothing is written over them.
     for output in program.outputs:
         last[storage[output]] = len(program.operations)
     return last
@@ -362,6 +377,7 @@ def _inner(operation: _Operation, target: Target) -> Cost:
     if operation.kind == "cond":
         branches = [branch.jaxpr for branch in operation.params["branches"]]
         costs = [_cost(_write_out(branch, target, {}), target) for branch in branches]
+        # Which one runs is known to the device alone: the dearer one promises nothing in vain.
         return max(costs, key=lambda cost: cost.moved + cost.flops)
     if operation.kind not in _LOOPS:
         return Cost()
@@ -372,6 +388,7 @@ def _inner(operation: _Operation, target: Target) -> Cost:
     cost = _cost(_write_out(body, target, carried), target)
     # Of a loop whose length depends on numbers, one round is counted.
     rounds = operation.params.get("length", 1)
+    # The peak is that of one round: the next one takes the same memory.
     return Cost(cost.flops * rounds, cost.moved * rounds, cost.sent * rounds, cost.peak)
 
 
@@ -380,6 +397,8 @@ def _flops(operation: _Operation, avals: list[Any]) -> float:
     if operation.kind != "dot_general":
         return 0.0
     (contracted, _), _ = operation.params["dimension_numbers"]
+    # The shape of the product has what is left of both operands; what is summed over is gone from
+    # it.
     left = avals[operation.reads[0]].shape
     inner = math.prod(left[axis] for axis in contracted)
     return 2.0 * math.prod(avals[operation.writes[0]].shape) * inner
@@ -397,6 +416,7 @@ def _moved(
     if kind in (*_LOOPS, "cond"):
         return 0.0
     written = sum(sizes[output] for output in operation.writes if output in stored)
+    # Of a table of 100 GB a step reads a few rows, not all of it.
     if kind.startswith(("gather", "dynamic_slice")):
         # Rows alone are read of the array that they are taken from.
         return 2 * written + sizes[operation.reads[1]]
@@ -407,6 +427,7 @@ def _moved(
     if kind.startswith("dynamic_update_slice"):
         return 2 * sizes[operation.reads[1]]
     is_view = kind in _VIEWS and stored.issuperset(operation.reads)
+    # What is fused, or only renamed, is paid for by those that read it.
     if is_view or not written:
         return 0.0
     read = sum(sizes[source] for source in _read_sources(operation, stored, sources))
@@ -419,4 +440,5 @@ def _sent(operation: _Operation, sizes: list[int], devices: int) -> float:
     passes = _RING_PASSES.get(operation.kind, 0)
     read = sum(sizes[number] for number in operation.reads)
     written = sum(sizes[number] for number in operation.writes)
+    # The whole array is the larger of both: gathered it is the result, scattered the operand.
     return passes * max(read, written) * (devices - 1) / devices

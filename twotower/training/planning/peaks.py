@@ -44,6 +44,8 @@ class Chip:
 
     def ring(self, devices: int) -> float:
         """Returns the bytes a second that a device of a ring of so many sends."""
+        # Within a host GPUs talk by NVLink; the slowest link of a ring that leaves it bounds them
+        # all.
         if self.near and devices > self.near:
             return self.far_network
         return self.network
@@ -79,6 +81,7 @@ CHIPS = {
         network=200 * GB,
         usable=0.95,
         source="cloud.google.com/tpu/docs/tpu7x",
+        # Two chiplets, each a device with half of the chip's arithmetic and memory.
         devices=2,
     ),
     "h100": Chip(

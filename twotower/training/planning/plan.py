@@ -30,7 +30,7 @@ from twotower.training.checks import bytes_on_each, check_batch, format_bytes
 from twotower.training.init import abstract_state
 from twotower.training.planning.costs import Cost, Target, read_cost
 from twotower.training.planning.peaks import CHIPS, SUSTAINED, Chip
-from twotower.training.planning.shapes import Shapes
+from twotower.training.planning.shapes import ASSUMED_VALUES, Shapes
 from twotower.training.state import Trainer, state_specs
 from twotower.training.step import train_step
 
@@ -73,6 +73,7 @@ class Plan:
     @property
     def chips(self) -> int:
         """Number of chips that have the devices."""
+        # Rounded up: a chip is rented whole.
         return -(-self.devices // self.chip.devices)
 
     @property
@@ -83,6 +84,7 @@ class Plan:
     @property
     def limit(self) -> float:
         """Bytes that JAX allocates from on a device."""
+        # JAX takes this share when it starts, and allocates from nothing else.
         return self.chip.memory / self.chip.devices * self.chip.usable
 
     @property
@@ -104,6 +106,7 @@ class Plan:
     @property
     def steps(self) -> int:
         """Number of steps of an epoch."""
+        # The last batch is filled up with the first rows of the next epoch.
         return math.ceil(self.shapes.examples / self.config.training.batch_size)
 
     @property
@@ -133,17 +136,21 @@ def make_plan(config: Config, shapes: Shapes, *, devices: int, kind: str) -> Pla
         ConfigError: The kind is unknown, or the batch or the rows of tables cannot be divided.
     """
     chip = choose(CHIPS, kind, "--kind")
+    # A checkpoint must fit any number of devices, so that rows are padded to this number of all.
     if ROW_MULTIPLE % devices:
+        # Divisors of a power of 2 are the powers below it.
         below = 2 ** int(math.log2(min(devices, ROW_MULTIPLE)))
         raise ConfigError(
             f"--devices={devices} must divide {ROW_MULTIPLE}, by which table rows are padded: "
             f"choose {below}."
         )
     trainer = planned_trainer(config, shapes, backend="accelerator")
+    # With "auto" replaced, so that the plan says what it counted with.
     config = trainer.config
     check_batch(config.training, _mesh(devices))
     cost = step_cost(trainer, shapes, devices)
     memory = memory_parts(trainer, shapes, devices, cost)
+    # A step runs on devices; the tables of makers tell of chips.
     flops = chip.flops / chip.devices
     if config.model.dtype == "float32":
         flops *= chip.float32
@@ -164,9 +171,11 @@ def planned_trainer(config: Config, shapes: Shapes, *, backend: str) -> Trainer:
         backend: "cpu", or any other word for an accelerator.
     """
     model = config.model
+    # What "auto" becomes on an accelerator; asking JAX would tell of this machine.
     if model.dtype == "auto":
         model = dataclasses.replace(model, dtype="bfloat16")
         config = dataclasses.replace(config, model=model)
+    # From shapes: an encoder would need the data.
     towers = TwoTower.build_from(model, shapes.inputs, shapes.tables)
     corpus = CorpusSize(shapes.users, shapes.items, shapes.unseen)
     trainer = Trainer.build(config, towers, corpus)
@@ -190,6 +199,7 @@ def step_cost(trainer: Trainer, shapes: Shapes, devices: int, *, platform: str =
     mesh = _mesh(devices)
     sharded = abstract_state(trainer, mesh)
     specs = state_specs(sharded)
+    # Without shardings: the specs of the shard_map say how each array is divided.
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), sharded)
     step = functools.partial(train_step, trainer=trainer, group=device_group(mesh))
     mapped = shard_map_if_needed(mesh, step, (specs, SHARDED, REPLICATED), (specs, REPLICATED))
@@ -238,6 +248,7 @@ def memory_parts(trainer: Trainer, shapes: Shapes, devices: int, cost: Cost) -> 
     state = abstract_state(trainer, mesh)
     arrays = step_arrays(trainer, shapes)
     data = 0.0
+    # The same rule as the loop's, which keeps data on the devices where it is small.
     if shapes.data <= trainer.config.training.resident_megabytes * 2**20:
         data = float(shapes.data)
         # The data on the device has them already.
@@ -252,7 +263,9 @@ def memory_parts(trainer: Trainer, shapes: Shapes, devices: int, cost: Cost) -> 
         "queue and mined pools": bytes_on_each(state.negatives),
         "data": data,
         "arrays of the corpus": whole_bytes(arrays),
+        # Rows of a batch are divided between devices; the constants above are whole on each.
         "batch": whole_bytes(shapes.batch) / devices,
+        # Apart from the blocks, since another option makes those smaller.
         "activations and gradients": cost.peak - cost.blocks,
         "blocks of the loss": cost.blocks,
     }
@@ -273,6 +286,7 @@ def find_cures(plan: Plan) -> list[str]:
     cures: list[tuple[float, str]] = []
 
     def add(saved: float, cure: str) -> None:
+        # What saves little is no cure, and hides those that are.
         if saved > large:
             cures.append((saved, f"{cure}: {format_bytes(saved)} less on each device"))
 
@@ -280,6 +294,7 @@ def find_cures(plan: Plan) -> list[str]:
     if devices:
         add(divided * (1 - plan.devices / devices), f"--devices={devices}")
     if training.tables.kind != "rowwise_adagrad":
+        # One number a row, of rows that are taken to be 64 wide.
         rowwise = memory["tables"] / 64
         saved = memory["slots of the table optimizer"] - rowwise
         add(saved, "config.training.tables.kind='rowwise_adagrad'")
@@ -304,6 +319,7 @@ def find_cures(plan: Plan) -> list[str]:
     ]
     if roomy:
         found.append(f"--kind={' or '.join(roomy)}, which has room for it")
+    # TPUs allocate nearly all of their memory as it is.
     if plan.chip.usable < 0.9 and plan.total <= 0.9 * plan.chip.memory / plan.chip.devices:
         found.append("XLA_PYTHON_CLIENT_MEM_FRACTION=.9 in the environment, in place of JAX's .75")
     return found
@@ -312,6 +328,7 @@ def find_cures(plan: Plan) -> list[str]:
 def _devices_that_hold(plan: Plan, divided: float, others: float) -> int:
     """Returns the least number of devices that holds a plan; 0 if none does."""
     devices = plan.devices
+    # More devices divide the tables alone: batch, data and dense layers stay as large on each.
     while devices < ROW_MULTIPLE:
         devices *= 2
         if others + divided * plan.devices / devices <= plan.limit:
@@ -326,61 +343,101 @@ def format_plan(plan: Plan, *, price: float = 0.0) -> str:
         plan: The plan.
         price: Price of a chip for an hour; 0 if it is not known.
     """
+    lines = [
+        *_size_lines(plan),
+        "",
+        *_memory_lines(plan),
+        "",
+        *_step_lines(plan),
+        "",
+        *_epoch_lines(plan, price),
+        *_notes(plan),
+    ]
+    # Last: a terminal shows the end.
+    if not plan.fits:
+        lines += ["", "What makes it fit, or smaller:"]
+        lines += [f"  {cure}" for cure in find_cures(plan)]
+    return "\n".join(lines)
+
+
+def _size_lines(plan: Plan) -> list[str]:
     shapes = plan.shapes
     chip = plan.chip
-    training = plan.config.training
     per_chip = "" if chip.devices == 1 else f" ({plan.chips} chips)"
     noun = "device" if plan.devices == 1 else "devices"
-    lines = [
+    return [
         f"{shapes.users:,} users, {shapes.items:,} items, {shapes.rows:,} training rows, batches "
-        f"of {training.batch_size:,}, products in {plan.config.model.dtype}.",
+        f"of {plan.config.training.batch_size:,}, products in {plan.config.model.dtype}.",
         f"{plan.devices} {noun}{per_chip} of {plan.kind}: {chip.flops / 1e12:,.0f} TFLOP/s, "
         f"{format_bytes(chip.memory)} and {chip.bandwidth / 1e9:,.0f} GB/s a chip "
         f"({chip.source}).",
-        "",
-        "Memory of each device",
     ]
+
+
+def _memory_lines(plan: Plan) -> list[str]:
+    chip = plan.chip
+    lines = ["Memory of each device"]
     for name, count in plan.memory.items():
+        # Parts that this configuration has not would only make a reader look for them.
         if count:
             lines.append(f"  {name:38}{format_bytes(count):>12}")
     lines.append(f"  {'in all':38}{format_bytes(plan.total):>12}")
     state = "fits" if plan.fits else "DOES NOT FIT"
     share = f"{chip.usable:.0%} of {format_bytes(chip.memory / chip.devices)}"
-    lines += [
-        f"  {'that JAX allocates from':38}{format_bytes(plan.limit):>12}  {share}: {state}",
-        "",
+    lines.append(
+        f"  {'that JAX allocates from':38}{format_bytes(plan.limit):>12}  {share}: {state}"
+    )
+    return lines
+
+
+def _step_lines(plan: Plan) -> list[str]:
+    return [
         f"Step, at {SUSTAINED:.0%} of each peak",
         _time_line(plan, "compute", f"{plan.cost.flops / 1e9:,.3f} GFLOP"),
         _time_line(plan, "memory", f"{format_bytes(plan.cost.moved)} read and written"),
         _time_line(plan, "network", f"{format_bytes(plan.cost.sent)} sent by each device"),
         f"  {'predicted':10}{_milliseconds(plan.step_seconds)}  bound by {plan.bound}",
-        "",
-        f"Epoch: {plan.steps:,} steps, {_duration(plan.epoch_seconds)}, "
-        f"{shapes.examples / max(plan.epoch_seconds, 1e-9):,.0f} examples a second.",
     ]
+
+
+def _epoch_lines(plan: Plan, price: float) -> list[str]:
+    rate = plan.shapes.examples / max(plan.epoch_seconds, 1e-9)
+    lines = [
+        f"Epoch: {plan.steps:,} steps, {_duration(plan.epoch_seconds)}, "
+        f"{rate:,.0f} examples a second."
+    ]
+    # Prices change by region and contract: none is built in.
     if price:
         paid = plan.epoch_price(price)
         lines.append(f"Price: {paid:,.2f} an epoch, at {price:g} a chip and hour.")
+    return lines
+
+
+def _notes(plan: Plan) -> list[str]:
+    """Returns what was assumed, and what the figures leave out."""
+    shapes = plan.shapes
+    notes = []
     if shapes.assumed:
         columns = ", ".join(shapes.assumed)
-        lines.append(f"Assumed: 1,000 values each of {columns} (--values=COLUMN=NUMBER,... says).")
+        notes.append(
+            f"Assumed: {ASSUMED_VALUES:,} values each of {columns} "
+            "(--values=COLUMN=NUMBER,... says)."
+        )
     if not plan.memory["data"]:
+        # All hosts together, since the reader divides by the number that the cluster has.
         batch = format_bytes(whole_bytes(shapes.batch))
-        lines.append(
+        notes.append(
             f"The data, {format_bytes(shapes.data)}, is streamed: {batch} a step over all hosts. "
             "A host that is slower than the step bounds it, which is not counted."
         )
     if plan.step_seconds < _SHORT:
-        lines.append("A step so short takes longer: that programs are started is not counted.")
+        notes.append("A step so short takes longer: that programs are started is not counted.")
     vectors = format_bytes(4.0 * shapes.items * plan.dim)
-    lines.append(
+    notes.append(
         f"Not counted: validation and export, which make the vectors of all items ({vectors}), and "
         "checkpoints, which pass through the memory of the hosts."
     )
-    if not plan.fits:
-        lines += ["", "What makes it fit, or smaller:"]
-        lines += [f"  {cure}" for cure in find_cures(plan)]
-    return "\n".join(lines)
+    return notes
 
 
 def _time_line(plan: Plan, name: str, amount: str) -> str:

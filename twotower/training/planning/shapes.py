@@ -72,6 +72,8 @@ class Shapes:
 def prepared_shapes(prepared: PreparedData) -> Shapes:
     """Returns the shapes of prepared data, exactly."""
     config = prepared.config
+    # A batch is gathered for two rows, and its shape widened: large batches need not be made to be
+    # measured.
     examples = prepared.training_examples()
     few = np.arange(min(2, len(examples)))
     index = examples.index(few, np.zeros_like(few))
@@ -113,8 +115,10 @@ def planned_shapes(
         ConfigError: The shape of a feature depends on data, or no feature reads a column.
     """
     spec = with_event_weights(load_spec(config.features), config)
+    # Values that are given win: an id column may know fewer ids than there are (min_count).
     sizes = {"user_id": users, "item_id": items} | dict(values)
     columns = {feature.column: None for feature in spec}
+    # A column that no feature reads is misspelt, and its number would be ignored in silence.
     for column in values:
         choose(columns, column, "--values")
     inputs = _inputs(spec)
@@ -123,6 +127,7 @@ def planned_shapes(
         name: jax.ShapeDtypeStruct((items, *_shape(spec_input)), _dtype(spec_input))
         for name, spec_input in inputs["item"].items()
     }
+    # Events of a history are kept once for all users, and counted by row below.
     user_bytes = sum(
         _row_bytes(read) for read in inputs["user"].values() if not read.history_length
     )
@@ -130,7 +135,9 @@ def planned_shapes(
     labels = label_columns(config)
     # User, item and weight of each row, and what lies beside them.
     row_bytes = 12 + 4 * len(labels)
+    # A row is an example, but for sequences.
     examples = rows
+    # A history is spans of the log's rows, and not copies of them.
     if spec.history is not None:
         beside = spec.history.is_weighted + bool(spec.history.gaps)
         # An event is its item and what is read beside it; a span has two numbers or three.
@@ -166,9 +173,11 @@ def label_columns(config: Config) -> list[str]:
 def _stand_in(feature: Feature) -> Fitted:
     """Returns the state of a feature without data, for the shape of its input and table alone."""
     if isinstance(feature, StringFeature):
+        # One value, which `_tables` replaces by the number that is planned for.
         one = pa.array(["?"], pa.large_string())
         return Fitted(vocabulary=Vocabulary(one, feature.oov_rows))
     if isinstance(feature, IntFeature):
+        # As many boundaries as a fit would find, of which the values change no shape.
         boundaries = feature.boundaries or range(feature.buckets - 1)
         return Fitted(statistics={"boundaries": list(boundaries)})
     return Fitted()
@@ -179,6 +188,7 @@ def _refusal(feature: Feature) -> Iterator[None]:
     """Refuses a feature whose kind cannot tell its shape without what it fits to data."""
     try:
         yield
+    # The errors of a feature that looks for what a fit would have left.
     except (ValueError, KeyError):
         raise ConfigError(
             f"{feature.location}: its shape is known from the data alone. Plan for a prepared run "
@@ -189,6 +199,7 @@ def _refusal(feature: Feature) -> Iterator[None]:
 def _inputs(spec: FeatureSpec) -> Inputs:
     items: dict[str, Input] = {}
     users: dict[str, Input] = {}
+    # Items before users: a history is read as the item features that it names.
     for feature in [*spec.item.values(), *spec.user.values()]:
         side = users if feature.side == "user" else items
         with _refusal(feature):
@@ -213,6 +224,7 @@ def _tables(
                 assumed.append(feature.column)
             # In the place of the one value of the stand-in.
             rows += sizes.get(feature.column, ASSUMED_VALUES) - 1
+        # Several features may share a table, which has the rows of the largest.
         if feature.table in tables:
             rows = max(rows, tables[feature.table].rows)
         tables[feature.table] = dataclasses.replace(shape, rows=rows)
@@ -221,6 +233,7 @@ def _tables(
 
 def _shape(read: Input) -> tuple[int, ...]:
     """Returns the shape of the encoded values of one user, item or event."""
+    # A feature without a table is a vector of numbers; one with a table has rows to look up.
     if not read.table:
         return (read.width,)
     return (read.length,) if read.length else ()
@@ -231,11 +244,13 @@ def _dtype(read: Input) -> str:
 
 
 def _row_bytes(read: Input) -> int:
+    # Rows of tables and numbers take four bytes each.
     return 4 * int(np.prod(_shape(read), dtype=np.int64))
 
 
 def _positions(inputs: Inputs) -> int:
     """Returns the positions of a packed row of whole sequences."""
+    # One more than a history reads: the last event of a sequence is predicted only.
     return 1 + max(read.history_length for read in inputs["user"].values())
 
 
@@ -244,6 +259,7 @@ def _batch(config: Config, spec: FeatureSpec, inputs: Inputs) -> dict[str, Any]:
     lead: tuple[int, ...] = (config.training.batch_size,)
     is_packed = config.training.examples == "sequences"
     if is_packed:
+        # Each position is a query and an answer.
         lead = (*lead, _positions(inputs))
 
     def array(dtype: str, *trailing: int) -> jax.ShapeDtypeStruct:
@@ -291,6 +307,7 @@ def parse_values(pairs: Sequence[str]) -> dict[str, int]:
     for pair in pairs:
         column, _, number = pair.partition("=")
         try:
+            # By way of a float, so that 1e9 can be written.
             values[column] = int(float(number))
         except ValueError:
             raise ConfigError(
