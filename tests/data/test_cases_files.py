@@ -261,7 +261,9 @@ def test_lines_that_are_no_json_are_named(tmp_path):
     path = write(tmp_path / "log.jsonl", "\n".join(lines))
     with pytest.raises(ConfigError, match=r"log\.jsonl, line 3: 'oops' is no .*\(and 1 more"):
         read_rows(path)
-    for text in ('[{"user_id": 1,', '{"user_id": 1,\n', "[1, 2]", '{"a": 1, "b": [2]}', "[{}"):
+    objects = ('[{"user_id": 1,', '{"user_id": 1,\n', "[1, 2]", '{"a": 1, "b": [2]}', "[{}")
+    # A user without items is a log without rows, not the only list of objects.
+    for text in (*objects, '{"u1": []}'):
         with pytest.raises(ConfigError, match=r"log\.json"):
             read_rows(write(tmp_path / "log.json", text))
 

@@ -104,6 +104,7 @@ def _look(
 ) -> list[Finding]:
     """Returns the findings of some kinds, in the order of `FINDINGS`."""
     results = [check.look(split, config) for name, check in FINDINGS.items() if name in names]
+    # Beside the others, as it needs to know where the items come from, which no split tells.
     if describes_items and "held_out_text" in names:
         results.append(_held_out_text(split))
     return [finding for finding in results if finding is not None]
@@ -136,6 +137,7 @@ def drop_repeats(
     masks = (is_kept[: len(split.validation)], is_kept[len(split.validation) :])
     positions = split.file_positions
     if positions is not None:
+        # Training rows are never dropped: what repeats in them is theirs to learn.
         positions = (positions[0], positions[1][masks[0]], positions[2][masks[1]])
     parts = Split(
         split.train,
@@ -194,6 +196,7 @@ def _future_rows(split: Split, config: SplitConfig) -> Finding | None:
     They are rows of other users, and show coming trends.
     """
     parts = _held_out_parts(split)
+    # Without a usable order there is no other split to offer, so that nothing is said.
     if config.kind != "leave_last_out" or not parts or not _has_order(split, config):
         return None
     # The last part that has rows is the one that is reported on.
@@ -230,6 +233,7 @@ def _identical_rows(split: Split, config: SplitConfig) -> Finding | None:
 
 def _time_order(split: Split, config: SplitConfig) -> Finding | None:
     """Looks for held-out rows that are not after every row of the part before."""
+    # Leave-last-out mixes times by design, and "future_rows" tells of it.
     if config.kind not in ("time", "fixed") or not has_timestamps(split.train):
         return None
     count = 0
@@ -267,6 +271,8 @@ _CURE_OF_REPEATS = (
 
 def _held_out_text(split: Split) -> Finding | None:
     """Looks for held-out rows of items that these rows alone describe."""
+    # By items and not by texts: an item that training knows may be described by a later row, which
+    # changes its words but brings in no new item.
     trained = distinct(split.train["item_id"])
     count = 0
     example = ""

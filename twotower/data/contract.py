@@ -27,6 +27,7 @@ _NO_NUMBER = r"^\s*((?i:nan|none|null|<na>)\s*)?$"
 _INFINITE = r"^\s*[-+]?(?i:inf|infinity)\s*$"
 # Towers compute in float32.
 LARGEST = float(np.finfo(np.float32).max)
+# Decimal and thousands as they are written: English, German, Swiss and those with spaces.
 _SPELLINGS = ((",", ""), (".", ","), (",", "."), (".", " "), (",", " "), (".", "'"))
 
 
@@ -56,6 +57,7 @@ class NumberForm:
             BadValue: A text is no number, or too large for one.
         """
         values = plain_text(values)
+        # Parquet and frames have types of their own, which need no form.
         if not pa.types.is_string(values.type):
             return values
         is_plain = self == NumberForm()
@@ -66,6 +68,7 @@ class NumberForm:
             except pa.ArrowInvalid:
                 pass
         is_empty = pc.match_substring_regex(values, _NO_NUMBER)
+        # Only where there is one: replacing copies the column.
         if pc.any(is_empty).as_py():
             values = pc.if_else(is_empty, None, values)
         try:
@@ -73,6 +76,8 @@ class NumberForm:
         except BadValue as error:
             text = str(error.value)
             raise BadValue(text, f"{error.problem}{_cure(text)}", error.row) from None
+        # A price of 1e300 would become infinite in the towers; an infinity that was written is left
+        # to the feature, which says what it does with it.
         is_large = pc.greater(pc.abs(numbers.cast(pa.float64(), safe=False)), LARGEST)
         is_large = pc.and_(is_large, pc.invert(pc.match_substring_regex(values, _INFINITE)))
         row = pc.index(is_large, True).as_py()
@@ -91,6 +96,7 @@ class NumberForm:
         if not isinstance(value, str):
             return float(value)
         try:
+            # By way of a column, so that a request is read by the very rules of the file.
             (number,) = self.column(pa.chunked_array([pa.array([value])]))
         except BadValue as error:
             raise BadValue(value, error.problem) from None
@@ -104,6 +110,7 @@ class NumberForm:
         """
         for mark in self.marks:
             texts = pc.replace_substring(texts, mark, "")
+        # After the marks: "12 €" leaves a space behind.
         texts = pc.utf8_trim_whitespace(texts)
         if self.thousands:
             # "1,5" is not fifteen: groups are of three digits.
@@ -178,10 +185,12 @@ class Contract:
         forms = {}
         written = {}
         for key in KEYS:
+            # Digits only where all parts have them: one id of letters makes all of them text.
             found = {IdForm.find(part[key]) for part in parts if len(part)}
             forms[key] = IdForm.DIGITS if found == {IdForm.DIGITS} else IdForm.TEXT
             others: dict[str, str] = {}
             for part in parts:
+                # The first part wins, which is the training file.
                 others = written_forms(part[key]) | others
             written[key] = others
         return cls(**forms, time=time, written=written)
@@ -200,6 +209,7 @@ class Contract:
         text = form.one(value)
         if text is None:
             return None
+        # An id that the log writes in a decomposed Unicode form is found by its composed one too.
         return self.written.get(name, {}).get(text, text)
 
     def ids(self, name: str, values: pa.ChunkedArray | pa.Array | Iterable[Any]) -> pa.ChunkedArray:
@@ -220,6 +230,7 @@ class Contract:
         written = self.written.get(name)
         if not written:
             return texts
+        # Null where an id has one form only, which `coalesce` then keeps.
         known = pc.index_in(texts, value_set=pa.array(list(written)))
         return pc.coalesce(pa.array(list(written.values())).take(known), texts)
 
@@ -247,6 +258,7 @@ class Contract:
         Raises:
             BadValue: A value is not what the column is read as; `row` says which.
         """
+        # No feature reads it as a number or a time: it stays text, as in the log.
         form = self.columns.get(f"{side}.{name}")
         if form is None:
             return values
@@ -269,6 +281,7 @@ class Contract:
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Contract:
         """Returns the contract whose `to_dict` this is; {} is that of runs that had none."""
+        # Runs before there were contracts wrote none; their ids were text.
         if not state:
             return cls()
         columns: dict[str, Form] = {}
@@ -326,6 +339,7 @@ def _cure(text: str) -> str:
     """Returns the words for options that read a number as it is written."""
     marks = tuple(dict.fromkeys(re.findall(r"[^\W\d_]+|[^\w\s.,'+-]", text)))
     sample = pa.chunked_array([[text]])
+    # Without marks first: the simplest option that reads the value is offered.
     for given in dict.fromkeys(((), marks)):
         for decimal, thousands in ((".", ""), *_SPELLINGS):
             form = NumberForm(decimal, thousands, given)

@@ -85,6 +85,7 @@ class Dataset:
 
     def keep_rows(self, mask: np.ndarray) -> Dataset:
         """Returns the dataset with the interactions that a mask, bool [N], marks."""
+        # Empty where the log describes no items.
         positions = self.log_positions
         if self.log_items is not None:
             positions = positions[mask]
@@ -199,6 +200,7 @@ def _entities(
         dropped: Notes of rows that were left out, to which one may be added.
         matches: Notes of the ids that log and table share, to which one is added.
     """
+    # Compared before the missing ids of the log are appended, or every id would match.
     key = f"{side}_id"
     ids_of_log = distinct(ids)
     if table is None:

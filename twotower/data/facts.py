@@ -95,11 +95,15 @@ def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFac
         column: Values, of which a sample is looked at.
         now: Seconds since the epoch, for telling times from other numbers.
     """
+    # Spread over the file and not its head: logs are ordered, and the oldest rows are unlike the
+    # rest.
     rows = evenly_spaced(np.arange(len(column)), SAMPLE)
     values = column.take(pa.array(rows))
     values = plain_text(values)
     missing = values.null_count / max(len(values), 1)
+    # Missing values are counted above, and would be one more value below.
     values = values.drop_null()
+    # Before times: a list of numbers holds none.
     if is_list(values.type):
         return _list_facts(name, values, missing)
     if pa.types.is_floating(values.type):
@@ -107,6 +111,7 @@ def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFac
         is_number = pc.is_finite(values)
         missing += (1 - missing) * (1 - (pc.mean(is_number.cast(pa.float64())).as_py() or 0.0))
         values = values.filter(is_number)
+    # Before numbers: seconds since 1970 look like any whole number.
     forms = find_time_forms(values, now=now)
     if forms:
         return ColumnFacts(
@@ -120,6 +125,7 @@ def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFac
         text = _text_facts(name, values, missing)
         if text is not None:
             return text
+        # Text files have no types, and a feature of numbers is chosen by what all values are.
         values = _infer_type(values)
     return _value_facts(name, values, missing)
 
@@ -127,6 +133,7 @@ def column_facts(name: str, column: pa.ChunkedArray, *, now: float) -> ColumnFac
 def _value_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFacts:
     """Returns the facts about flags, numbers and texts; bytes and the like are of no use."""
     is_value = _is_number(values.type) or pa.types.is_boolean(values.type)
+    # One value tells whoever chooses features that the column is worth none.
     if not is_value and not pa.types.is_string(values.type):
         return ColumnFacts(name=name, kind="text", num_values=1, share_missing=missing)
     num_values = pc.count_distinct(values).as_py()
@@ -141,6 +148,7 @@ def _value_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFa
             mean_length=_mean_words(values),
         )
     numbers = values.cast(pa.float64())
+    # By value and not by type: a frame turns whole numbers with gaps into float64.
     is_whole = bool(pc.all(pc.equal(pc.floor(numbers), numbers)).as_py())
     return ColumnFacts(
         name=name,
@@ -171,6 +179,7 @@ def log_facts(
         first_and_last = pc.min_max(rows["timestamp"]).as_py()
         span = (first_and_last["max"] - first_and_last["min"]) / DAY
     num_items = count_distinct(rows["item_id"])
+    # All of a catalogue can be recommended, those without a row included.
     if dataset.has_catalogue:
         num_items = len(dataset.items)
     return LogFacts(
@@ -178,6 +187,7 @@ def log_facts(
         num_users=count_distinct(rows["user_id"]),
         num_items=num_items,
         num_training_rows=len(parts.train),
+        # One time for all rows gives no order.
         has_times=has_times and span > 0,
         span_days=span,
         share_new_items=_share_new(parts, "item_id"),
@@ -220,6 +230,7 @@ def _newest_users(train: pa.Table) -> int:
     if "timestamp" not in train.column_names:
         return 0
     order = pc.sort_indices(train["timestamp"])
+    # A 32nd of the rows stands for what a service sees between two trainings.
     newest = order[len(train) - max(len(train) // 32, 1) :]
     return count_distinct(train["user_id"].take(newest))
 
@@ -231,6 +242,7 @@ def _is_number(kind: pa.DataType) -> bool:
 
 def _infer_type(texts: pa.ChunkedArray) -> pa.ChunkedArray:
     """Returns text as numbers or booleans if all values are, but for codes: 007 is one."""
+    # One such value is enough: as numbers 007 and 7 would be one.
     if pc.any(pc.match_substring_regex(texts, _CODE)).as_py():
         return texts
     try:
@@ -258,11 +270,13 @@ def _list_facts(name: str, values: pa.ChunkedArray, missing: float) -> ColumnFac
 
 def _text_facts(name: str, texts: pa.ChunkedArray, missing: float) -> ColumnFacts | None:
     """Returns the facts about lists and vectors that are written as text; None of other text."""
+    # The first value decides how the column is read; others that differ make it plain text.
     first = first_value(texts) or ""
     if first.startswith("["):
         return _json_facts(name, texts, missing)
     for separator in SEPARATORS:
         has_it = pc.match_substring(texts, separator)
+        # A title with a semicolon is no list of two.
         if (pc.mean(has_it.cast(pa.float64())).as_py() or 0.0) < SEPARATED:
             continue
         members = pc.split_pattern(texts, separator)
@@ -275,6 +289,7 @@ def _text_facts(name: str, texts: pa.ChunkedArray, missing: float) -> ColumnFact
 
 def _json_facts(name: str, texts: pa.ChunkedArray, missing: float) -> ColumnFacts | None:
     try:
+        # Arrow refuses lists of mixed members, which are then text.
         lists = [json.loads(text) for text in texts.to_pylist()]
         return _list_facts(name, pa.chunked_array([pa.array(lists)]), missing)
     except (ValueError, pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):

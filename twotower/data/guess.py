@@ -113,13 +113,16 @@ def guess_columns(
     for keyword, name in (("user", user), ("item", item), ("time", time)):
         if name and name not in table.column_names:
             raise ConfigError(f"{keyword}={name!r} is no column of the interactions.\n{log}")
+    # Columns that the caller gives are taken out first, so that they are guessed for nothing else.
     named_user = user or log.id_column("user", _USERS, taken={item, time})
     named_item = item or log.id_column("item", _ITEMS, taken={named_user, time})
+    # Names tell nothing in many languages: what is left is told by the values.
     if not (named_user and named_item):
         user, item = log.id_pair(named_user, named_item, time)
     else:
         user = named_user
         item = named_item
+    # Only where the caller gave both: a guess never takes a column twice.
     if user == item:
         raise ConfigError(f"user={user!r} and item={item!r} must be two columns.\n{log}")
     if time is None:
@@ -155,16 +158,19 @@ def guess_key(table: pa.Table, column: str, ids: pa.ChunkedArray, side: str, *, 
         ConfigError: No column can be told, or it has none of the log's ids.
     """
     words = _USERS if side == "user" else _ITEMS
+    # The same name in both files is meant to be the same thing.
     candidates = [column]
     if column not in table.column_names:
         ranked = _by_name(table.column_names, words)
         candidates = ranked[0] if ranked else []
         if not candidates:
+            # A table of users may call its key plainly "id" or "user".
             candidates = [name for name in table.column_names if _words(name) in ([side], ["id"])]
     shares = _shares_of_ids(table, candidates, ids)
     if not any(shares.values()):
         # No name tells it: the ids that the log has too.
         shares |= _shares_of_ids(table, table.column_names, ids)
+    # By how many ids of the log it knows, as tables have several columns of ids.
     best = max(shares, key=lambda name: shares[name], default="")
     if shares.get(best):
         return best
@@ -195,6 +201,7 @@ def _shares_of_ids(
     for name in names:
         try:
             values = IdForm.find(table[name]).column(table[name])
+        # A column that cannot be read as ids is no candidate.
         except BadValue:
             continue
         is_known = pc.is_in(known, value_set=pc.unique(values).drop_null())
@@ -223,6 +230,7 @@ class _Log:
 
     def facts(self, name: str) -> ColumnFacts:
         """Returns the facts about a column."""
+        # A column of a large log takes a while to look at, and is asked for by several guesses.
         if name not in self._facts:
             self._facts[name] = column_facts(name, self._table[name], now=self._now)
         return self._facts[name]
@@ -235,10 +243,13 @@ class _Log:
         """
         names = [name for name in self._table.column_names if name not in taken]
         ranked = _by_name(names, words)
+        # The first tier with a likely column decides: "user_id" wins over "session_id".
         for candidates in ranked:
             likely = [name for name in candidates if self._may_be_id(name)]
             if len(likely) == 1:
                 return likely[0]
+            # Two that are equally likely are a question to the caller: a wrong guess trains without
+            # a sound.
             if likely:
                 listed = " or ".join(map(repr, likely))
                 raise ConfigError(
@@ -263,6 +274,7 @@ class _Log:
         names = [name for name in self._table.column_names if name not in taken]
         likely = [name for name in names if self._looks_like_ids(name)]
         missing = [keyword for keyword, name in (("user", user), ("item", item)) if not name]
+        # As many as are needed and no more, or the guess would be a draw.
         if len(likely) == len(missing):
             return user or likely.pop(0), item or likely.pop(0)
         cures = " and ".join(f"{keyword}=NAME" for keyword in missing)
@@ -274,6 +286,7 @@ class _Log:
         if not self._may_be_id(name) or facts.kind == "time":
             return False
         if facts.kind == "number":
+            # Ratings, counts and flags have few values.
             return facts.num_values > MAX_RATINGS
         texts = self._table[name].drop_null().slice(0, 1)
         if pc.any(pc.match_substring_regex(texts, r"^-?\d+,\d+$")).as_py():
@@ -284,9 +297,11 @@ class _Log:
 
     def _may_be_id(self, name: str) -> bool:
         facts = self.facts(name)
+        # A constant tells nobody from another.
         if facts.num_values < 2:
             return False
         if facts.kind == "number":
+            # A price is no id.
             return facts.is_whole
         # Ids of eight digits may look like days.
         if facts.kind == "time":
@@ -307,6 +322,7 @@ class _Log:
             return "".join(times)
         ranked = sorted((_rank_of_time(name), name) for name in times)
         best = [name for rank, name in ranked if rank == ranked[0][0]]
+        # Of several times the one with the plainest name is that of the event.
         if len(best) == 1:
             return best[0]
         listed = " or ".join(map(repr, best))
@@ -343,6 +359,7 @@ class _Log:
     def event_column(self, taken: Collection[str | None]) -> str:
         """Returns the column of the kind of event; empty where none can be told."""
         names = [name for name in self._table.column_names if name not in taken]
+        # By name and content both: a column "type" may be that of the item.
         for candidates in _by_name(names, _EVENTS, allowed=(*_IDS, *_KINDS_OF_EVENT)):
             for name in candidates:
                 facts = self.facts(name)
@@ -405,9 +422,11 @@ def _by_name(
     for name in names:
         words = set(_words(name))
         for tier, tier_words in enumerate(tiers):
+            # What is left must say that the column is an id, or say nothing.
             others = words - set(tier_words.split())
             if others == words or others - {*allowed, *_FILLERS}:
                 continue
+            # "user_id" before "user", and "parent_asin" after "asin".
             rank = (tier, not others & set(_IDS), bool(others & set(_FILLERS)))
             ranked.setdefault(rank, []).append(name)
             break
@@ -418,6 +437,7 @@ def _rank_of_time(name: str) -> tuple[bool, bool, int]:
     """Returns the rank of a column of times by its name, the likeliest time of an event first."""
     words = _words(name)
     is_other = bool(set(words) & set(_OTHER_TIMES))
+    # False sorts before True.
     return is_other, not _is_time_name(name), len(set(words) - set(_TIMES) - {"event"})
 
 
@@ -441,5 +461,6 @@ def _describe(column: pa.ChunkedArray, facts: ColumnFacts) -> str:
 
 def _example(column: pa.ChunkedArray) -> str:
     row = pc.index(pc.is_valid(column), True).as_py()
+    # Reviews and URLs would fill the screen.
     text = str(column[row].as_py())
     return textwrap.shorten(text, 40, placeholder=" ...")

@@ -92,6 +92,7 @@ def match_ids(of_log: pa.Array, of_table: pa.Array, side: Literal["user", "item"
     absent = of_log.filter(pc.invert(is_shared))
     shared = len(of_log) - len(absent)
     example = ""
+    # Ids of the log are distinct, so that fewer shared than the table has leaves one over.
     if shared < len(of_table):
         is_used = pc.is_in(of_table, value_set=of_log)
         # -1 cannot be: some ids of the table are not shared.
@@ -124,6 +125,7 @@ def check_matches(matches: Iterable[Match], accept: Collection[str]) -> None:
     """
     for match in matches:
         finding = f"unmatched_{match.side}s"
+        # Where half of them match, the rest have no row, and are not written in another form.
         if match.share >= LEAST_MATCH or finding in accept:
             continue
         accepted = (*accept, finding)
@@ -138,8 +140,10 @@ def check_matches(matches: Iterable[Match], accept: Collection[str]) -> None:
 
 def _find_cause(absent: pa.Array, of_table: pa.Array) -> str:
     """Returns words for what keeps most of the absent ids apart from those of the table."""
+    # A cause keeps most ids apart or is none, which a part of them shows as well.
     sample = absent[:SAMPLE]
     for words, without in CAUSES.items():
+        # Both sides without it: either may be the one that has the zeros.
         is_found = pc.is_in(without(sample), value_set=pc.unique(without(of_table)))
         if (pc.mean(is_found.cast(pa.float64())).as_py() or 0.0) > LEAST_MATCH:
             return words

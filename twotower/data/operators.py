@@ -66,6 +66,7 @@ class Members(NamedTuple):
 
 
 def _equal(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArray:
+    # Before types are compared: a missing value has none.
     if value is None:
         return pc.is_null(column)
     column, (value,) = _comparable(column, [value], field)
@@ -89,6 +90,7 @@ def _contains(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArra
         value = Members(tuple(value) if isinstance(value, (tuple, list)) else (value,))
     if value.separator and pa.types.is_string(column.type):
         column = pc.split_pattern(column, value.separator)
+        # "Comedy | Drama" has the member "Drama".
         members = pc.utf8_trim_whitespace(_flat_members(column))
     elif is_list(column.type):
         members = _flat_members(column)
@@ -98,6 +100,7 @@ def _contains(column: pa.ChunkedArray, value: Any, field: str) -> pa.ChunkedArra
             "compare with '==' or 'starts with'."
         )
     is_member = pc.fill_null(_in(plain_text(members), value.values, field), False)
+    # By the rows of the members that match: rows without members stay False.
     mask = np.zeros(len(column), bool)
     rows = pc.list_parent_indices(column.combine_chunks())
     mask[rows.filter(is_member.combine_chunks()).to_numpy()] = True
@@ -166,6 +169,7 @@ def matches(
         ConfigError: An unknown column or operator, or a value that cannot be compared with the
             column.
     """
+    # Conditions are written by hand in files and requests, where a type says nothing.
     if len(condition) != 3:
         raise ConfigError(
             f"{field} must be (column, operator, value), such as ('rating', '>=', 4)."
@@ -213,7 +217,9 @@ def _comparable(
     Raises:
         ConfigError: A value is of another type than the column.
     """
+    # A value of NumPy is neither int nor float to the checks below.
     plain = [_plain_value(value) for value in values]
+    # Before the type is looked at: of a CSV all columns are text.
     column = _as_meant(column, plain)
     kind = column.type
     if is_list(kind):
@@ -224,6 +230,7 @@ def _comparable(
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
         return TimeForm().column(column), [_seconds(kind, value, field) for value in plain]
     if _is_number(kind):
+        # A date against whole numbers: they are times since 1970 in some unit.
         if pa.types.is_integer(kind) and any(map(is_iso_time, plain)):
             plain = _as_numbers(column, plain, field)
         for value in plain:
@@ -257,6 +264,7 @@ def _plain_value(value: Any) -> Any:
     """Returns a value of NumPy or Arrow as that of Python."""
     if isinstance(value, pa.Scalar):
         value = value.as_py()
+    # A time of NumPy becomes a number of its unit by `item`, and would lose what it is.
     if isinstance(value, np.generic) and not isinstance(value, np.datetime64):
         return value.item()
     return value
@@ -306,6 +314,7 @@ def _as_numbers(column: pa.ChunkedArray, values: Sequence[Any], field: str) -> l
 
 def _seconds(kind: pa.DataType, value: Any, field: str) -> int:
     """Returns the seconds since 1970 of a time."""
+    # True would be the first second of 1970.
     if isinstance(value, bool) or is_missing(value):
         raise _incomparable(kind, value, field)
     try:
@@ -330,6 +339,7 @@ def _ordered_texts(column: pa.ChunkedArray, value: Any, field: str) -> tuple[pa.
         # The column holds other text than times.
         except BadValue:
             return column, value
+    # Refused and not converted: whether "10" or 10 is meant is for the caller to say.
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         raise ConfigError(
             f"{field}: the column holds text, which has no order of numbers ('9' would be above "

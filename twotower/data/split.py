@@ -84,6 +84,7 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
 
 def _with_validation(rows: pa.Table, divide: PartOfRows, config: SplitConfig) -> np.ndarray:
     """Returns the number of the part of each row, with validation rows as `validation_by` says."""
+    # Without validation rows of its own, so that all that is not the test is training at first.
     parts = divide(rows, dataclasses.replace(config, validation=0.0))
     if (parts == VALIDATION).any():
         raise ConfigError(
@@ -216,6 +217,7 @@ def _count_later(rows: pa.Table, config: SplitConfig) -> tuple[np.ndarray, np.nd
     if config.ties == "together":
         return count_later_moments(rows)
     if config.ties == "drawn" and timestamps(rows) is not None:
+        # One number a row, so that equal times are ordered alike for all users and in every run.
         draws = np.random.default_rng(config.seed).permutation(len(rows))
         return count_later_rows(rows, ties=draws)
     return count_later_rows(rows)
@@ -330,6 +332,7 @@ def _latest_rows(rows: pa.Table, config: SplitConfig) -> np.ndarray:
             "config.split.validation_by='time' needs a column 'timestamp', and the log has none: "
             "'last' takes the last rows of each user by the order of the file."
         )
+    # At least one: a share above 0 asks for some.
     count = max(1, round(len(rows) * config.validation))
     first = np.partition(times, len(times) - count)[len(times) - count]
     return np.flatnonzero(times >= first)

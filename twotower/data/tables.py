@@ -99,6 +99,7 @@ class RawTable:
 
     def time_of_features(self, contract: Contract) -> TimeForm:
         """Returns the form of times that is tried first: that of the table, or else of the log."""
+        # The default says nothing: a table without an option follows the log.
         return contract.time if self.time == SECONDS else self.time
 
     @property
@@ -121,6 +122,7 @@ class RawTable:
             raise self.refusal(error, ", ".join(sorted(fields))) from None
         rows = _rename(rows, self.config, self.name, self.keys, self.origin)
         for key in self.keys:
+            # Under the name of the source, which counted them.
             words = self.origin.missing_words(self.config.columns.get(key, key))
             _say_words(words, key, self.name)
         return dataclasses.replace(self, rows=rows)
@@ -168,6 +170,8 @@ def read_tables(
     if contract is None:
         contract = Contract.find([part.rows for part in log], log[0].time)
     typed_tables = []
+    # Before the log: uses of users' columns hold for those of the log too, with the form found
+    # here.
     for table in tables:
         typed, contract = _read(table.with_our_names(), contract, uses or {})
         typed_tables.append(typed)
@@ -223,6 +227,7 @@ def read_uses(
     Raises:
         ConfigError: A value is not what its column is used for.
     """
+    # A frame that was given in Python has no file to name.
     if raw is None:
         words = f"the table of {side}s"
         origin = Origin(words, lambda row: f"{words}, row {row + 1}", is_typed=True)
@@ -237,10 +242,12 @@ def read_uses(
         key = f"{side}.{name}"
         try:
             if use.kind == "label":
+                # Labels need no form: they are written as 0 and 1 wherever they come from.
                 labels = _read_labels(values)
                 table = table.set_column(table.column_names.index(name), name, labels)
                 continue
             form = columns.get(key)
+            # The first table that has the column decides, and the contract keeps it for all after.
             if form is None:
                 form = raw.numbers
                 if use.kind == "time":
@@ -277,6 +284,7 @@ def check_time_range(
         "old_times": pc.less(seconds, int(EARLIEST.timestamp())),
         "future_times": pc.greater(seconds, int(now) + DAY),
     }
+    # Both are mostly a wrong unit: seconds read as milliseconds are of 1970.
     for finding, mask in findings.items():
         row = pc.index(mask, True).as_py()
         if row < 0 or finding in accept:
@@ -364,6 +372,7 @@ def _read(raw: RawTable, contract: Contract, uses: Uses) -> tuple[pa.Table, Cont
         try:
             if name in raw.keys:
                 values = contract.ids(name, values)
+            # Columns of users and items are typed by the features that read them.
             elif is_log:
                 values = _log_column(name, values, own, raw)
         except BadValue as error:
@@ -386,6 +395,7 @@ def _log_column(
     """
     if name == "timestamp":
         return contract.times(values)
+    # Kinds of events are names even where they are written as numbers.
     if name in CODES:
         return IdForm.TEXT.column(values)
     # Where the configuration says so, and not where a column happens to have the name.
@@ -445,6 +455,7 @@ def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> Ti
     kind = values.type
     if pa.types.is_timestamp(kind) or pa.types.is_date(kind) or pa.types.is_null(kind):
         return TimeForm(of_log.unit)
+    # A format that does not fit is no mistake: birthdays are seldom written as events are.
     if of_log.format:
         try:
             of_log.column(values)
@@ -456,7 +467,8 @@ def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> Ti
     if are_spreadsheet_days(values):
         raise BadValue(None, "holds days of a spreadsheet: write them as dates there")
     # No clock: what is likely for a feature does not depend on today.
-    forms = find_time_forms(values, now=_LAST_YEAR or 0)
+    forms = find_time_forms(values, now=_LAST_YEAR)
+    # Of several readings the log's own is the likeliest.
     if of_log in forms:
         return of_log
     if len(forms) > 1:
@@ -466,11 +478,13 @@ def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> Ti
             f"has times of which day and month cannot be told apart: set {field}.format={listed}",
         )
     form = TimeForm(of_log.unit)
+    # Numbers of which one unit alone makes sense.
     if forms and not forms[0].is_text:
         return forms[0]
     seconds = form.column(values)
+    # The median: a few nonsense dates must not refuse a column, nor make one look right.
     middle = pc.quantile(seconds, 0.5)[0].as_py()
-    if middle is not None and not (_FIRST_YEAR or 0) < middle < (_LAST_YEAR or 0):
+    if middle is not None and not _FIRST_YEAR < middle < _LAST_YEAR:
         row = pc.index(pc.is_valid(values), True).as_py()
         raise BadValue(
             values[row].as_py(),
@@ -530,6 +544,7 @@ def _rename(
     renamed = set(config.columns.values())
     others = {}
     for column in known:
+        # A column that is mapped stands under our name alone; one whose name is taken is left out.
         if column not in renamed and column not in mapped:
             others[column] = table[column]
     merged = mapped | others
@@ -547,6 +562,7 @@ def _missing_columns(
 ) -> str:
     """Returns the refusal of a table that lacks columns: our name -> name in the file."""
     ours, theirs = next(iter(missing.items()))
+    # One is mostly misspelt; several are mostly a file of another shop.
     if len(missing) == 1:
         words = f"column {theirs!r}{similar_name_hint(theirs, known)}"
         cure = _missing_column_cure(ours, theirs, known, config, name, is_key=ours in keys)

@@ -50,10 +50,12 @@ def draw_shoppers(rng: np.random.Generator, count: int) -> Shoppers:
     num_genders = len(words.GENDERS)
     age = rng.choice(num_ages, count, p=AGE_SHARES)
     gender = rng.integers(num_genders, size=count)
+    # From 2: the largest city is to have half as many again as the second, not twice as many.
     city_sizes = 1.0 / np.arange(2, len(words.CITIES) + 2)
     segments = np.exp(rng.normal(0, SEGMENT_SPREAD, (num_genders, num_ages, TASTES)))
     segments /= segments.sum(axis=2, keepdims=True)
     mixture = np.empty((count, TASTES), np.float32)
+    # In blocks: gammas are float64, and a million shoppers of 32 tastes would take 256 MB.
     for start in range(0, count, BLOCK):
         block = slice(start, start + BLOCK)
         # Gammas divided by their sum are a Dirichlet; all of them may round to 0.

@@ -32,6 +32,7 @@ _JEWELLERY = {"gold": "ذهب", "silver": "فضة", "pearl": "لؤلؤ", "diamon
 _CLOTH = {"cotton": "قطن", "linen": "كتان", "silk": "حرير", "wool": "صوف"}
 _LEATHER = {"leather": "جلد", "suede": "شمواه", "canvas": "قماش"}
 _SCENTS = {"oud": "عود", "musk": "مسك", "rose": "ورد", "amber": "عنبر"}
+# Some words are as shops write them, from English, and not as dictionaries do.
 _WATCHES = {"steel": "ستيل", "gold": "ذهب", "leather": "جلد"}
 _CASES = {"silicone": "سيليكون", "leather": "جلد", "carbon fibre": "كربون"}
 _COOKWARE = {"steel": "ستانلس", "copper": "نحاس", "granite": "جرانيت"}

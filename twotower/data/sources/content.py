@@ -103,10 +103,12 @@ def look(path: Path, name: str, default: Kind) -> Content:
             f"{name}: {path} is empty (0 bytes); config.data.{name}.path must name a file with "
             "data."
         )
+    # Before the name is looked at: files of Parquet lie in folders under any name.
     if first.startswith(b"PAR1"):
         return Content(path, "parquet")
     if first.startswith(b"PK\x03\x04"):
         return _unzip(path, name, default)
+    # Arrow decompresses by the suffix, which this file has not.
     if first.startswith(b"\x1f\x8b") and path.suffix.lower() != ".gz":
         try:
             data = gzip.decompress(path.read_bytes())
@@ -126,6 +128,7 @@ def look(path: Path, name: str, default: Kind) -> Content:
 def kind_of_name(name: str) -> Kind | None:
     """Returns the kind of a file by its suffix; None for one that says nothing."""
     bare = name.lower()
+    # The kind is told by the suffix before: "log.csv.gz".
     for suffix in COMPRESSED:
         bare = bare.removesuffix(suffix)
     for kind, suffixes in SUFFIXES.items():
@@ -146,6 +149,7 @@ def bad_line(content: Content, encoding: str) -> str:
     """Returns the first line that is not of an encoding, for a message; empty if all are."""
     data = content.whole()
     try:
+        # All of it, since the first bad byte may be in the last line.
         data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
@@ -161,6 +165,7 @@ def _read(path: Path, size: int | None = None) -> bytes:
         ConfigError: It is damaged.
     """
     try:
+        # Arrow's own stream: it knows the compressions that its readers know.
         with pa.input_stream(str(path), compression="detect") as stream:
             return stream.read(size)
     except (OSError, pa.ArrowInvalid) as error:
@@ -169,6 +174,7 @@ def _read(path: Path, size: int | None = None) -> bytes:
 
 def _kind_of(name: str, head: bytes, default: Kind) -> Kind:
     encoding = marked_encoding(head) or "utf-8"
+    # Bytes in other encodings do not matter here: JSON is told by its first characters of ASCII.
     text = head.decode(encoding, errors="replace").lstrip("\ufeff \r\n\t")
     # No header of a file of fields begins so.
     if re.match(r'\{\s*"|\[\s*[{\]]', text):
@@ -187,6 +193,7 @@ def _unzip(path: Path, name: str, default: Kind) -> Content:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            # A zip of one file is that file; one of several would need a choice.
             members = [member for member in archive.namelist() if _is_member(member)]
             if "xl/workbook.xml" in members:
                 raise ConfigError(
@@ -208,4 +215,5 @@ def _unzip(path: Path, name: str, default: Kind) -> Content:
 
 def _is_member(name: str) -> bool:
     """Returns whether a member of a zip is a file of data."""
+    # Macs add a shadow of each file.
     return not name.endswith("/") and not name.startswith("__MACOSX/")

@@ -62,6 +62,7 @@ class Rows:
 
     def missing_words(self, column: str) -> dict[str, int]:
         """Returns the words of a column that were read as missing: word -> its number."""
+        # The file is read once more for an answer, which most files do not need.
         if not self.table[column].null_count:
             return {}
         return _Reading(self.content, self.form, "").missing_words(column)
@@ -113,10 +114,12 @@ def find_form(content: Content, config: TableConfig, name: str) -> TableConfig:
     delimiter = plain_delimiter(config.delimiter)
     skip = config.skip_lines
     lines = head.decode(encoding, errors="replace").lstrip(_BOM).splitlines()
+    # Excel writes such a line, and takes it for granted.
     said = re.fullmatch(r"sep=(.)", "".join(lines[skip : skip + 1]))
     if said:
         delimiter = said[1]
         skip += 1
+    # Only where the header has none of the configured ones: a header of one column stays as it is.
     elif not _has(delimiter, first_line(lines[skip:], config.comment)):
         found = _other_delimiter(first_line(lines[skip:], config.comment))
         if found:
@@ -175,6 +178,7 @@ def _has(delimiter: str, line: str) -> bool:
 
 def _other_delimiter(line: str) -> str:
     """Returns the separator that a line has most of; empty if it has none."""
+    # Of equal counts the first in the list: tabs and semicolons are rarer in names than commas.
     best = max(SEPARATORS, key=line.count)
     return best if best in line else ""
 
@@ -192,6 +196,7 @@ class _Reading:
         self._content = content
         self._form = form
         self._name = name
+        # None where Arrow reads the path by itself, which takes no memory for the text.
         self._prepared: bytes | None = content.data
         if len(form.delimiter) > 1 or form.comment:
             self._prepared = _prepare(content, form)
@@ -207,6 +212,7 @@ class _Reading:
         names = [name.strip() for name in self._form.names]
         if not names:
             return found
+        # The names are for the first columns, so that too many of them cannot be right.
         if len(names) > len(found):
             field = f"config.data.{self._name}.names"
             raise ConfigError(
@@ -225,6 +231,7 @@ class _Reading:
 
     def _columns(self, handler: Callable[[csv.InvalidRow], str] | None) -> list[str]:
         options = self._options(use_threads=False, names=None)
+        # Without a handler Arrow refuses bad rows, which is the faster way where there are none.
         if handler is not None:
             options["parse_options"].invalid_row_handler = handler
         with csv.open_csv(self._input(), **options) as reader:
@@ -250,8 +257,10 @@ class _Reading:
         try:
             return self._read(header, bad), bad
         except pa.ArrowInvalid as error:
+            # A quoted text that is longer than a block, which only larger blocks take whole.
             if "straddling" not in str(error):
                 raise
+        # The rows of the first try would be told twice.
         bad.clear()
         return self._read(header, bad, block_size=_LONGEST_BLOCK), bad
 
@@ -259,6 +268,7 @@ class _Reading:
         """Returns rows whose fields were completed, each from its text."""
         data = "\n".join(texts).encode()
         options = self._options(use_threads=False, names=_arrow_names(header))
+        # These are rows alone: what stands before them in the file is not here.
         options["read_options"].skip_rows = 0
         options["read_options"].encoding = "utf8"
         return csv.read_csv(io.BytesIO(data), convert_options=self._as_text(header), **options)
@@ -372,6 +382,7 @@ def _prepare(content: Content, form: TableConfig) -> bytes:
         text = re.sub(r"(?m)^[ \t]+|[ \t]+$", "", text)
         text = re.sub(r"[ \t]+", _FIELD_SEPARATOR, text)
     elif len(form.delimiter) > 1:
+        # The stand-in is a control character that texts do not hold.
         text = text.replace(form.delimiter, _FIELD_SEPARATOR)
     return text.encode()
 
@@ -383,13 +394,16 @@ def _with_bad_rows(
     if not bad:
         return rows
     form = rows.form
+    # Arrow numbers the good rows among themselves: what is not bad is good, in order.
     numbers = _records_of(bad, form)
     good = np.delete(np.arange(len(rows.table) + len(bad)), numbers)
+    # Rows that are left out, or refused below, leave gaps in the numbers of the others.
     if form.bad_rows != "pad" or _too_long(bad, arrow_delimiter(form)):
         return dataclasses.replace(rows, records=good)
     texts = [_pad(row, arrow_delimiter(form)) for row in bad]
     table = pa.concat_tables([rows.table, reading.padded(texts, header)])
     records = np.concatenate([good, numbers])
+    # The order of the file is the order of time where a log has no times.
     order = np.argsort(records)
     return dataclasses.replace(rows, table=table.take(pa.array(order)), records=records[order])
 
@@ -413,6 +427,7 @@ def _too_long(bad: list[csv.InvalidRow], separator: str) -> list[csv.InvalidRow]
     long = []
     for row in bad:
         extra = max(row.actual_columns - row.expected_columns, 0)
+        # Empty fields at the end are what spreadsheets leave behind.
         if not row.text.endswith(separator * extra):
             long.append(row)
     return long
@@ -427,6 +442,7 @@ def _check_rows(rows: Rows, bad: list[csv.InvalidRow], name: str) -> None:
     problems = [*_bad_row_problems(rows, bad, name), *_text_problems(rows, name)]
     if not problems:
         return
+    # Named by file and line already.
     if len(problems) == 1:
         raise ConfigError(f"{name}: {problems[0]}")
     listed = "\n  ".join(problems)
@@ -464,6 +480,7 @@ def _bad_row_problems(rows: Rows, bad: list[csv.InvalidRow], name: str) -> Itera
 
 def _ragged_cure(ragged: list[csv.InvalidRow], form: TableConfig, separator: str, name: str) -> str:
     field = f"config.data.{name}"
+    # Rows of many widths are lists of items, not damaged rows.
     widths = {row.actual_columns for row in ragged}
     if len(widths) > _FEW_WIDTHS:
         return (
@@ -498,6 +515,7 @@ def _text_problems(rows: Rows, name: str) -> Iterator[str]:
             continue
         if low == 0:
             yield from _nul_problem(rows, column, name)
+        # Without quotes a line break ends a row, and nothing can be taken in.
         if quote_of(rows.form):
             yield from _swallowed_problem(rows, column, name)
 
@@ -606,6 +624,7 @@ def _without_marks(rows: Rows) -> Rows:
 
 def _line_of(content: Content, form: TableConfig, record: int) -> int:
     """Returns the line, from 1, of a record, from 0 and without the header."""
+    # Only for messages: the whole file is gone through once more.
     starts = record_lines(
         content.whole().decode(form.encoding, errors="replace"),
         delimiter=form.delimiter,

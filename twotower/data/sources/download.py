@@ -121,6 +121,7 @@ def _download(remote: RemoteFile, folder: Path) -> Path:
         with urllib.request.urlopen(remote.url, timeout=_TIMEOUT) as response:
             with part.open("wb") as file:
                 _copy(response, file, remote)
+        # Told apart from a wrong hash: trying again helps here.
         if part.stat().st_size < remote.size:
             raise OSError(f"it ended after {part.stat().st_size:,} of {remote.size:,} bytes")
         _verify(part, remote)

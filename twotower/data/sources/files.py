@@ -50,6 +50,7 @@ def read(config: TableConfig, name: str, *, kind: Kind) -> tuple[pa.Table, Origi
     table, origin = read_raw(config, name, kind, keys=keys)
     if not config.gather:
         return table, origin
+    # Before columns get our names, so that messages name those of the file.
     key = config.columns.get(keys[0], keys[0])
     return _gather(table, origin, config, name, key=key)
 
@@ -78,6 +79,7 @@ def read_raw(
         part = read_file(path, config, name, kind)
         parts.append(_with_event(part, event, name) if event else part)
     files = _Files(parts)
+    # Of all files together: an export of many days has days without events.
     if not sum(len(part.table) for part in parts):
         raise ConfigError(
             f"{name}: {files.name} has no rows; config.data.{name}.path must name a file with data."
@@ -90,6 +92,7 @@ def read_raw(
             f"kind by a pattern such as config.data.{name}.path='FOLDER/*.{min(kinds)}'."
         )
     needed = {config.columns.get(key, key) for key in keys}
+    # "metadata.brand" is a field of the column "metadata", where no column has the whole name.
     for column in config.columns.values():
         needed.add(column if column in parts[0].table.column_names else column.split(".")[0])
     table = _concat(parts, name, needed)
@@ -98,6 +101,7 @@ def read_raw(
     return table, Origin(
         name=files.name,
         describe_row=files.describe_row,
+        # JSON and Parquet say which values are numbers and times.
         is_typed=parts[0].kind != "csv",
         missing_words=files.missing_words,
     )
@@ -139,6 +143,7 @@ def is_matrix(table: pa.Table) -> bool:
     if table.num_columns < _MATRIX:
         return False
     for column in table.slice(0, _ROWS).columns[1:]:
+        # Ratings are no lists or objects.
         if pa.types.is_nested(column.type):
             return False
         texts = column.cast(pa.string()).drop_null()
@@ -162,12 +167,14 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
             f"{field}={path!r} is empty: it must name a {kind} file, a folder or a glob of such "
             "files."
         )
+    # Before anything is expanded: it is no path of this machine.
     if path.startswith(named.PREFIX):
         return [named.find_file(path, field)]
     # Here rather than by a shell: paths come from configuration files.
     expanded = os.path.expanduser(os.path.expandvars(path))
     # A variable that is not set stays in the path as it was written.
     unset = re.search(r"\$\{?(\w+)", expanded)
+    # A file may have a dollar sign in its name.
     if unset and not os.path.exists(expanded):
         raise ConfigError(f"{field}={path!r}: the environment variable {unset[1]} is not set.")
     if os.path.isdir(expanded):
@@ -254,9 +261,12 @@ def _gather(
             )
     numbered = table.filter(pc.is_valid(table[key]))
     numbered = numbered.append_column("", pa.array(np.arange(len(numbered))))
+    # An id of three rows with one genre has that genre once, and a gap is no genre.
     once = pc.CountOptions(mode="only_valid")
+    # One thread: several return the ids in another order each time.
     grouped = numbered.group_by(key, use_threads=False)
     lists = grouped.aggregate([("", "min"), *((column, "distinct", once) for column in columns)])
+    # Messages name the first of the rows that became one.
     first_rows = lists["_min"].to_numpy()
     rows = collapse(numbered.drop_columns([""]), key)
     for column in columns:
@@ -379,6 +389,7 @@ def _check_text(table: pa.Table, found: Content, name: str, place: Callable[[int
         try:
             values.validate(full=True)
         except pa.ArrowInvalid:
+            # Slow, value by value, and only in a file that is refused anyway.
             for row, value in enumerate(values.cast(pa.large_binary()).to_pylist()):
                 if value is not None and value.decode(errors="ignore").encode() != value:
                     raise ConfigError(
@@ -391,6 +402,7 @@ def _refuse_options_of_text(found: Content, config: TableConfig, name: str) -> N
     """Refuses options that change nothing of a file with types."""
     for option in _OF_TEXT:
         value = getattr(config, option)
+        # An option that changes nothing would be believed to have worked.
         if value != getattr(TableConfig(), option):
             raise ConfigError(
                 f"config.data.{name}.{option}={value!r} is of files of text, and {found.path} is "
@@ -402,6 +414,7 @@ def _read_parquet(found: Content, name: str) -> pa.Table:
     source = found.path if found.data is None else pa.BufferReader(found.data)
     with parquet.ParquetFile(source) as file:
         names = file.schema_arrow.names
+        # Arrow reads both, and fails only when one is looked up.
         repeated = sorted({column for column in names if names.count(column) > 1})
         if repeated:
             raise ConfigError(
@@ -427,6 +440,7 @@ def _concat(parts: list[Part], name: str, needed: set[str]) -> pa.Table:
     """
     everywhere = [set(part.table.column_names) for part in parts]
     together = set().union(*everywhere)
+    # A file with all columns lacks none; the order of columns may differ.
     lacking = [part for part in parts if len(part.table.column_names) < len(together)]
     for part in lacking:
         columns = set(part.table.column_names)

@@ -39,11 +39,13 @@ def read_table(source: TableLike, config: TableConfig, name: str) -> tuple[pa.Ta
     Raises:
         ConfigError: It is no table, has no rows, or cannot be read.
     """
+    # A text is a path and never data: pandas takes both, and guesses.
     if isinstance(source, (str, os.PathLike)):
         return _read_files(os.fspath(source), config, name)
     table = _from_frame(source, name)
     if not len(table):
         raise ConfigError(f"{name}: the table has no rows.")
+    # Frames have no name of their own, and a message must say which table is meant.
     kind = type(source).__module__.partition(".")[0]
     described = f"the {kind} {type(source).__name__} of {name}"
     origin = Origin(
@@ -71,6 +73,7 @@ def read_form(form: FileForm, name: str) -> tuple[pa.Table, Origin]:
 def _from_frame(source: object, name: str) -> pa.Table:
     if not isinstance(source, ArrowStream):
         hint = ""
+        # Lazy frames of polars have it, and hold no rows yet.
         if hasattr(source, "collect"):
             hint = " Call .collect() on a lazy frame first."
         raise ConfigError(

@@ -48,6 +48,7 @@ def read(content: Content, config: TableConfig, name: str) -> tuple[pa.Table, Ca
         return f"line {next(itertools.islice(numbers, row, None))}"
 
     if text.startswith("{") and _is_line(text):
+        # Arrow's parser reads no other encoding.
         if encoding == "utf-8":
             try:
                 return _read_lines(content), place
@@ -89,17 +90,20 @@ def _read_lines(content: Content) -> pa.Table:
 
     def read(schema: pa.Schema | None) -> pa.Table:
         source: Any = str(content.path) if content.data is None else io.BytesIO(content.data)
+        # Objects over several lines are read as a whole, and would hide a broken line.
         options = arrow_json.ParseOptions(explicit_schema=schema, newlines_in_values=False)
         return arrow_json.read_json(source, parse_options=options)
 
     table = read(None)
     # Text that looks like a time stays the text of the file.
+    # The contract reads times by their form, which Arrow's guess would take away.
     times = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
     if times:
         table = read(pa.schema([(name, pa.string()) for name in times]))
     for column in table.columns:
         if not pa.types.is_floating(column.type):
             continue
+        # An id beyond 2^53 shares its float with its neighbours.
         if pc.any(pc.greater_equal(pc.abs(column), _EXACT)).as_py():
             raise pa.ArrowInvalid("digits would be lost")
     return table
@@ -144,6 +148,7 @@ def _load(text: str, content: Content, name: str) -> Any:
         raise ConfigError(
             f"{name}: {content.path}, line {error.lineno}: no JSON: {error.msg} near {shown!r}."
         ) from None
+    # A file can have more levels than the parser's stack.
     except RecursionError:
         raise ConfigError(f"{name}: {content.path} is JSON of too many levels.") from None
 
@@ -160,9 +165,10 @@ def _table_of(value: Any, config: TableConfig) -> pa.Table | None:
     if not isinstance(value, dict) or not value:
         return None
     members = list(value.values())
+    only = members[0]
     # {"events": [{...}, ...]}
-    if len(members) == 1 and isinstance(members[0], list) and isinstance(members[0][0], dict):
-        return _table_of(members[0], config)
+    if len(members) == 1 and isinstance(only, list) and only and isinstance(only[0], dict):
+        return _table_of(only, config)
     if _is_by_column(value, config):
         columns = [list(m.values()) if isinstance(m, dict) else m for m in members]
         return pa.table([array_of_values(column) for column in columns], names=list(value))
@@ -176,10 +182,12 @@ def _table_of(value: Any, config: TableConfig) -> pa.Table | None:
 def _is_by_column(value: Mapping[str, Any], config: TableConfig) -> bool:
     """Returns whether a mapping is a table by its columns, as frames of pandas are written."""
     members = list(value.values())
+    # pandas numbers the rows of each column from 0; users are hardly called so, all of them.
     if all(isinstance(member, dict) for member in members):
         numbers = [str(i) for i in range(len(members[0]))]
         return all(list(member) == numbers for member in members)
     if all(isinstance(member, list) for member in members):
+        # Lists of equal length might be users with as many items: the names of columns decide.
         are_ours = set(value) & (_KEYS | set(config.columns.values()))
         return bool(are_ours) and len({len(member) for member in members}) == 1
     return False
@@ -202,5 +210,6 @@ def _rows(objects: Iterable[dict[str, Any]]) -> pa.Table:
     rows = list(objects)
     # A dict rather than a set: names keep the order in which they first appear.
     names = list(dict.fromkeys(name for row in rows for name in row))
+    # Objects need not have the same fields.
     columns = [array_of_values([row.get(name) for row in rows]) for name in names]
     return pa.table(columns, names=names)

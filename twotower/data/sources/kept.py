@@ -71,6 +71,7 @@ def has_kept(tables: Mapping[str, pa.Table], workdir: Path) -> bool:
     """Returns whether a run keeps exactly these tables."""
     folder = rows_folder(workdir)
     names = {path.stem for path in folder.glob("*.parquet")}
+    # A table more or less is another log.
     if names != set(tables):
         return False
     for name, table in tables.items():

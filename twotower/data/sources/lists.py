@@ -143,6 +143,7 @@ def _delimiter(config: TableConfig, lines: list[str]) -> str:
     it; in other files it is a tab, a semicolon or a pipe, and where there is none, white space.
     """
     configured = delimited.plain_delimiter(config.delimiter)
+    # A delimiter that was set is taken as it is, even where a line has none.
     if configured != TableConfig().delimiter:
         return delimited.WHITESPACE if configured == " " else configured
     first = delimited.first_line(lines, "").strip()
@@ -157,6 +158,7 @@ def _divide(lines: list[str], delimiter: str, quoting: str) -> tuple[pa.Array, n
     column = pa.array(lines, pa.string())
     if delimiter == delimited.WHITESPACE:
         words = pc.utf8_split_whitespace(pc.utf8_trim_whitespace(column))
+    # Python's slower parser only where there is a quote: Arrow splits without looking at them.
     elif len(delimiter) == 1 and quoting != "off" and any(quoting in line for line in lines):
         words = pa.array(list(_quoted(lines, delimiter, quoting)), pa.list_(pa.string()))
     else:
@@ -236,6 +238,7 @@ def _read_matrix(path: Path, config: TableConfig, name: str) -> pa.Table:
             f"{name}: {path} is no matrix of users by items: its header {first[:_SHOWN]!r} has "
             f"{len(header)} columns."
         )
+    # The header is skipped as a line, since its names are given.
     form = dataclasses.replace(form, names=("user_id", *items), skip_lines=form.skip_lines + 1)
     return files.read_file(path, form, name, "csv").table
 
@@ -249,10 +252,13 @@ def _melt(table: pa.Table) -> pa.Table:
         values = pc.utf8_trim_whitespace(column.cast(pa.string())).combine_chunks()
         is_event = pc.invert(pc.match_substring_regex(values, r"^(0*[.,]?0*|nan|NaN)$"))
         mask = pc.fill_null(is_event, False)
+        # A mask and the few cells of each item: all cells as text would take far more than the
+        # file.
         masks.append(mask.to_numpy(zero_copy_only=False))
         cells.append(values.filter(mask))
     # [items, users], of which the cells come item by item.
     item_rows, user_rows = np.nonzero(np.array(masks))
+    # User by user, as rows of the matrix are; without times this is the order of the log.
     order = pa.array(np.lexsort([item_rows, user_rows]))
     items = pa.array(table.column_names[1:])
     rating = pa.concat_arrays(cells).take(order)
@@ -260,6 +266,7 @@ def _melt(table: pa.Table) -> pa.Table:
         "user_id": users.take(pa.array(user_rows)).take(order),
         "item_id": items.take(pa.array(item_rows)).take(order),
     }
+    # Where all are 1 a cell says that there was an event and no more.
     if not pc.all(pc.match_substring_regex(rating, r"^1([.,]0*)?$")).as_py():
         rows["rating"] = rating
     return pa.table(rows)

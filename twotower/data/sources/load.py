@@ -92,6 +92,7 @@ def load_dataset(
             says which.
     """
     tables = _read(config)
+    # A source that makes its log in memory has types already.
     if isinstance(tables, Dataset):
         dataset = tables
         if contract is None:
@@ -193,6 +194,7 @@ def _assemble(
     users = by_name.get("user_table")
     items = by_name.get("item_table")
     num_rows = len(parts[0])
+    # Rows of the log and of the items are paired by their numbers, which gathered rows have lost.
     if items is None or not takes_items_of_log(config) or len(items) != num_rows:
         dataset = assemble(interactions, users, items)
     else:
@@ -227,8 +229,10 @@ def _with_items_of_log(
         users: Table of the users; None for none.
         items: Columns of the item in each row of the log.
     """
+    # Rows of a fixed split's other files describe no item.
     numbers = np.full(len(interactions), -1)
     numbers[:num_rows] = np.arange(num_rows)
+    # A column of numbers stays with its row where rows without ids are dropped.
     dataset = assemble(interactions.append_column(_POSITION, pa.array(numbers)), users)
     return dataclasses.replace(
         dataset,
@@ -343,6 +347,7 @@ def _from_tables(
     tables = []
     for name, table in options.items():
         read = read_table
+        # Held-out rows have the form of the log; users and items are tables all the same.
         if read_log is not None and keys_of(name) == KEYS:
             read = read_log
             # Their columns have our names.
@@ -360,6 +365,7 @@ def takes_items_of_log(config: DataConfig) -> bool:
 def describes_items(config: DataConfig) -> bool:
     """Returns whether the table of items is the file of the log."""
     path = config.path or config.interactions.path
+    # Lines of lists hold ids alone, and BigQuery reads queries.
     is_file = config.source in ("csv", "parquet", "json")
     return is_file and bool(path) and config.item_table.path == path
 

@@ -45,6 +45,7 @@ class Publication:
 
 
 def _movielens(size: str, sha256: str, length: int, files: tuple[str, ...]) -> Publication:
+    # The zips are named as their folders inside are.
     remote = RemoteFile(
         file_name=f"ml-{size}.zip",
         url=f"{_GROUPLENS}/ml-{size}.zip",
@@ -129,6 +130,8 @@ def find_file(path: str, field: str) -> Path:
     for folder in (*folders, cache):
         if (folder / file_name).is_file():
             return folder / file_name
+    # The folders of the machine are searched for the zip too, which may lie there for other
+    # programs.
     remote = find_or_download(publication.remote, [*data_folders(), cache], cache)
     if not publication.folder:
         return remote
@@ -152,5 +155,6 @@ def _choose_publication(
 
 
 def _cache_folder() -> Path:
+    # "or": a variable that is set to nothing counts as not set.
     folder = os.environ.get("TWOTOWER_CACHE") or "~/.cache/twotower"
     return Path(os.path.expanduser(folder))

@@ -100,6 +100,7 @@ def find_swallowed(
     rows = rows[likely]
     if not rows.size:
         return rows
+    # Only now: most line breaks are those of descriptions, and were ruled out by counting.
     looks = [_look_at(column) for column in columns]
     found = []
     for row in rows.tolist():
@@ -118,6 +119,8 @@ def _with_lines_like_records(
     count = pc.count_substring(lines.flatten(), delimiter).to_numpy()
     is_like = count == num_columns - 1
     # The last line begins a record that ends after the text; the first one ends one.
+    # -1 for none: in the first column it begins nothing, and each line without a delimiter would
+    # do.
     is_like[ends - 1] = count[ends - 1] == (index or -1)
     starts = np.concatenate([[0], ends[:-1]])
     is_like[starts] = count[starts] == ((num_columns - 1 - index) or -1)
@@ -137,6 +140,7 @@ class _Column:
     is_distinct: bool
 
     def fits(self, field: str) -> bool:
+        # An empty field is missing, which is of no shape.
         return not self.shapes or not field or _shape(field) in self.shapes
 
 
@@ -145,6 +149,7 @@ def _look_at(column: pa.ChunkedArray | None) -> _Column:
         return _Column(frozenset(), is_distinct=False)
     sample = column.take(pa.array(evenly_spaced(np.arange(len(column)), _SAMPLE))).drop_null()
     shapes = {_shape(value) for value in sample.to_pylist()}
+    # Texts of any shape tell nothing apart.
     if len(shapes) > _MAX_SHAPES:
         return _Column(frozenset(), is_distinct=False)
     # Words are the same in any text.

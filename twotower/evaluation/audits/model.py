@@ -104,6 +104,7 @@ def mean_cosine(vectors: np.ndarray) -> float:
     if count < 2:
         return 0.0
     vectors = vectors.astype(np.float64)
+    # float64: the sums below are differences of large numbers.
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     units = vectors / np.maximum(lengths, 1e-30)
     # The square of the sum is that of all pairs, those of a vector with itself among them.

@@ -120,7 +120,8 @@ def fit_als(
 
 def _fit(train: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
     settings = SETTINGS if tuning is not None else SETTINGS[1:2]
-    # A pair costs three products with its factors, a row one solution; twice for both sides.
+    # `implicit` takes three steps of conjugate gradients, each over the factors of all pairs and a
+    # square of them for each row. Twice below: users, then items.
     operations = 6.0 * FACTORS * len(train.values) + 3.0 * FACTORS**2 * (len(train) + num_items)
     seconds = 2 * ITERATIONS * len(settings) * operations / OPERATIONS_A_SECOND
     # Below that nobody asks what is going on.

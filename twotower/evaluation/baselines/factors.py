@@ -178,7 +178,9 @@ def _words(source: _Source) -> Factors:
         raise ConfigError("--baseline=last_item_words needs a column of texts, and there is none.")
     product = _Product(
         # Cosines are symmetric, so that the matrix is its own transpose.
-        source.num_items, lambda x: vectors @ (vectors.T @ x), lambda x: vectors @ (vectors.T @ x)
+        source.num_items,
+        lambda x: vectors @ (vectors.T @ x),
+        lambda x: vectors @ (vectors.T @ x),
     )
     return _of_product(source, product, describe_words(source.prepared.items), length=1)
 
@@ -276,7 +278,7 @@ def factorize(product: _Product, dim: int) -> tuple[np.ndarray, np.ndarray]:
     basis = np.linalg.qr(np.asarray(product.times(sketch)))[0]
     for _ in range(2):
         # Powers make the greatest singular values stand out, and orthogonal columns keep the others
-        # from being lost in rounding. Four rounds took twice as long and came no nearer.
+        # from being lost in rounding. Two rounds suffice, in half of the time of four.
         basis = np.linalg.qr(np.asarray(product.transposed(basis)))[0]
         basis = np.linalg.qr(np.asarray(product.times(basis)))[0]
     small = np.asarray(product.transposed(basis)).T

@@ -82,6 +82,7 @@ def parse_window(text: str) -> int:
     """Returns the seconds of a window such as "7d", "12h" or "4w"; 0 of ""."""
     if not text:
         return 0
+    # A fraction is not read: 0.5d is 12h.
     found = re.fullmatch(r"(\d+)([hdw])", text.strip())
     if found is None or not int(found[1]):
         raise ConfigError(
@@ -126,6 +127,7 @@ def make_baselines(
         # Factors stand in the order of the users table, a row for each user, not for each query.
         users = truth.user_factors[queries.user]
         baselines["true_preferences"] = dot_scores(users, truth.item_factors)
+    # In the order of a report, whatever order they were made in.
     kept = Baselines((name, baselines[name]) for name in NAMES if name in baselines)
     for name in without:
         kept.pop(name, None)
@@ -142,6 +144,7 @@ def _popular(
     order = popularity_order(train, num_items, seed=seed)
     share = 1.0 - options.quantile_threshold
     baselines = Baselines()
+    # Cheap ones are always made, and left out at the end.
     baselines["random"] = random_scores(num_items, seed=seed)
     baselines["popularity"] = order_scores(order)
     top = top_quantile_scores(order, share=share, seed=seed)
@@ -169,6 +172,7 @@ def _by_content(
         found = find_categories(items)
         if found is not None:
             column, categories = found
+            # The same seed as "popularity", so that both rank equals alike.
             order = popularity_order(prepared.positives("train"), len(items), seed=seed)
             scores = category_scores(categories, order, queries)
             baselines.add("popularity_in_categories", scores, Choice(f"by {column}"))
@@ -188,6 +192,8 @@ def _fitted(
     train = training_lists(prepared)
     tuning = tuning_queries(prepared)
     cache = open_cache(prepared, folder, train, tuning)
+    # Graph, neighbours and factors are left out beyond a size: a comparison may not take longer
+    # than the training.
     if "item_graph" not in without and train.values.size <= MAX_GRAPH_ROWS:
         baselines.add("item_graph", *make_item_graph(train, queries, tuning))
     elif "item_graph" not in without:
@@ -198,6 +204,7 @@ def _fitted(
             MAX_GRAPH_ROWS,
         )
     baselines.join(make_item_to_item(train, queries, tuning, without=without, cache=cache))
+    # An extra that is missing is no mistake, unlike one that was asked for.
     if "als" in without:
         return baselines
     if not has_implicit():
@@ -224,11 +231,13 @@ def open_cache(
     """Returns the models that were fitted on this data before."""
     if folder is None:
         return FitCache(None)
+    # By the data and not by the run: another model on the same data finds the same baselines.
     return FitCache(folder, data_hash(train, len(prepared.items), tuning))
 
 
 def tuning_queries(prepared: PreparedData) -> Queries | None:
     """Returns the queries that training validates with; None without validation rows."""
+    # Without validation rows nothing may choose: test rows would flatter the baseline.
     if not len(prepared.positives("validation")):
         return None
     # The same sample, so that baselines are tuned on as much as the model is.

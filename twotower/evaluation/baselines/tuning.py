@@ -49,6 +49,7 @@ class Choice:
     tried: int = 1
 
     def __str__(self) -> str:
+        # "The best of 1" would claim a choice.
         if self.tried == 1:
             return self.setting
         return f"{self.setting}, the best of {self.tried} on validation"
@@ -107,6 +108,7 @@ class FitCache:
         if self._folder is None:
             return fit()
         folder = self._folder / name
+        # Settings are in it as text: whoever changes a list of them wants new models.
         key = f"{FORMAT} {self._data} {settings}"
         try:
             state, arrays = read_folder(folder, KIND)
@@ -116,6 +118,7 @@ class FitCache:
         except (FolderError, OSError):
             pass
         fitted = fit()
+        # A model that is larger would fill the folder of every run.
         if sum(array.nbytes for array in fitted.arrays.values()) <= MAX_KEPT_BYTES:
             state = {"key": key} | dataclasses.asdict(fitted.choice)
             write_folder(folder, KIND, state, fitted.arrays)
@@ -133,6 +136,7 @@ def data_hash(train: Ragged, num_items: int, tuning: Queries | None) -> str:
         relevant = tuning.relevant
         arrays += [tuning.user, relevant.offsets, relevant.values]
     for array in arrays:
+        # An empty array has no bytes to hash, and would be the same as none.
         digest.update(np.ascontiguousarray(array).data.cast("B") if array.size else b"-")
     return digest.hexdigest()
 
@@ -159,8 +163,10 @@ def best_model(
     """
     _, _, what = title.partition(": ")
     if tuning is None:
+        # Without a measurement: the ends of a list are for odd data.
         middle = values[len(values) // 2]
         return make(middle), Choice(f"{what} {middle}")
+    # Models are made one after another, and two are held at most: EASE's are large.
     best: tuple[M, T] | None = None
     best_ndcg = -1.0
     tried = 0
@@ -169,6 +175,7 @@ def best_model(
         tried += 1
         ndcg = evaluate(model(tuning), tuning, (10,), mask_seen=True)["ndcg@10"]
         logging.info("%s %s: NDCG@10 %.4f on validation.", title, value, ndcg)
+        # Only a gain: of equals the first one stays, which is the simplest or the most regularised.
         if ndcg > best_ndcg:
             best = (model, value)
             best_ndcg = ndcg
