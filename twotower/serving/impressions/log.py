@@ -86,6 +86,7 @@ class ImpressionLog:
         self._is_closed = threading.Event()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            # Found at the start: the thread that writes could only count what is lost.
             if not os.access(self.folder, os.W_OK):
                 raise PermissionError(13, "Permission denied")
         except OSError as error:
@@ -93,6 +94,7 @@ class ImpressionLog:
                 f"--impressions={folder} cannot be written to: {error.strerror}. Name a folder of "
                 "your own."
             ) from None
+        # A daemon, so that an error of the server's start does not wait for it.
         self._thread = threading.Thread(target=self._run, name="impressions", daemon=True)
         self._thread.start()
 
@@ -107,9 +109,11 @@ class ImpressionLog:
             offset: Number of items before the first one.
             answer: Answer, which nobody changes from now on.
         """
+        # The latest are left out, not the oldest: nobody but the thread takes from the other end.
         if len(self._shown) >= MAX_WAITING:
             self.lost += 1
             return
+        # Without a lock: appending and taking are single steps of CPython, each at one end.
         self._shown.append(_Shown(time.time(), user, read_user, offset, answer))
 
     def close(self) -> None:
@@ -132,6 +136,8 @@ class ImpressionLog:
     def _take(self) -> None:
         """Makes rows of the answers that wait."""
         while self._shown:
+            # Column by column: a row for each item would be an object each, for many thousands a
+            # second.
             columns = self._columns
             at, user, read_user, offset, answer = self._shown.popleft()
             items = answer.items
@@ -161,6 +167,7 @@ class ImpressionLog:
         now = datetime.datetime.now(datetime.UTC)
         name = f"impressions-{now:%Y%m%dT%H%M%S.%f}-{secrets.token_hex(4)}.parquet"
         try:
+            # Whoever reads the folder meanwhile sees whole files alone.
             with atomic(self.folder / name) as path:
                 pq.write_table(pa.table(columns, SCHEMA), path, compression="zstd")
             self._make_room()
@@ -171,6 +178,7 @@ class ImpressionLog:
 
     def _make_room(self) -> None:
         sizes = {}
+        # The names begin with the time, so that the oldest come first.
         for path in sorted(self.folder.glob(PATTERN)):
             sizes[path] = _size(path)
         total = sum(sizes.values())

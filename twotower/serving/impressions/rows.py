@@ -39,6 +39,8 @@ def read_events(path: Path | str) -> pa.Table:
             f"--events={path} is no file. Name the one that the server keeps its events in: "
             "beside the bundle, NAME.events."
         )
+    # Read alone: the server may be writing to it, and an empty file must not be made of a wrong
+    # name.
     connection = sqlite3.connect(f"file:{Path(path).absolute()}?mode=ro", uri=True)
     try:
         rows = connection.execute(
@@ -48,6 +50,7 @@ def read_events(path: Path | str) -> pa.Table:
         raise ConfigError(f"--events={path} holds no events of a server: {error}.") from None
     finally:
         connection.close()
+    # Without rows there are no columns to turn round.
     columns = list(zip(*rows)) or [()] * len(EVENTS.names)
     arrays = [pa.array(column, field.type) for column, field in zip(columns, EVENTS)]
     return pa.Table.from_arrays(arrays, schema=EVENTS)
@@ -71,6 +74,7 @@ def join_events(
     Raises:
         ConfigError: No event is of one of the kinds.
     """
+    # Refused: a misspelt kind would give labels of 0 alone, and a model that learns nothing.
     for kind in kinds:
         known = pc.unique(events["event"]).drop_null().to_pylist()
         if kind not in known:
@@ -82,6 +86,7 @@ def join_events(
         events = events.filter(pc.is_in(events["event"], value_set=pa.array(kinds)))
     labels = np.zeros(len(impressions), np.int8)
     is_named = pc.is_valid(events["recommendation_id"])
+    # By its item too: of a list that was answered all items have one id.
     labels[_rows_of_named(impressions, events.filter(is_named))] = 1
     labels[_rows_before(impressions, events.filter(pc.invert(is_named)), seconds)] = 1
     return impressions.append_column("label", pa.array(labels))
@@ -101,6 +106,7 @@ def training_rows(labelled: pa.Table, *, all_lists: bool = False) -> pa.Table:
         Columns user_id, item_id, timestamp (seconds), label, position and propensity, of known
         users, in the order of time.
     """
+    # Nobody's clicks teach nothing of a user.
     is_kept = pc.is_valid(labelled["user_id"])
     if not all_lists:
         lists = labelled["recommendation_id"].filter(pc.equal(labelled["label"], 1))
@@ -109,6 +115,7 @@ def training_rows(labelled: pa.Table, *, all_lists: bool = False) -> pa.Table:
     kept = labelled.filter(is_kept).sort_by("time")
     micros = kept["time"].cast(pa.int64())
     columns = {name: kept[name] for name in ("user_id", "item_id")}
+    # Whole seconds, as events have them: the log that is learned from has one unit.
     columns["timestamp"] = pc.divide(micros, 1_000_000)
     columns |= {name: kept[name] for name in ("label", "position", "propensity")}
     return pa.table(columns)
@@ -141,6 +148,7 @@ def _rows_before(impressions: pa.Table, events: pa.Table, seconds: float) -> np.
     places = np.where(is_event[order], -1, np.arange(len(order)))
     last = np.maximum.accumulate(places) if len(order) else places
     of_events = np.flatnonzero(is_event[order] & (last >= 0))
+    # Of any pair: whether it is the pair of the event is asked below.
     rows = order[last[of_events]]
     found = order[of_events]
     is_near = times[found] - times[rows] <= seconds + 1
@@ -158,6 +166,8 @@ def _codes(one: pa.Table, other: pa.Table, names: Sequence[str]) -> tuple[np.nda
         encoded = values.dictionary_encode()
         is_missing |= np.asarray(values.is_null())
         indices = pc.fill_null(encoded.indices, 0).to_numpy(zero_copy_only=False)
+        # A pair as one number, as the digits of a number stand for its parts: sorting and searching
+        # then know one column.
         codes = codes * max(1, len(encoded.dictionary)) + indices
     codes[is_missing] = -1
     return codes[: len(one)], codes[len(one) :]

@@ -36,6 +36,8 @@ class VectorCache:
             encode: Function that encodes the user.
         """
         kept = self._users.get(user)
+        # By identity: the history keeps one object for each event, and two events may well be
+        # equal.
         if kept is not None and kept[0] is last:
             self.hits += 1
             self._users.move_to_end(user)

@@ -45,10 +45,13 @@ class Hook:
 
     def __call__(self, candidates: Candidates, k: int) -> list[int]:
         """Returns the positions of up to `k` candidates, best first; none where it fails."""
+        # A thread cannot be ended: all lists behind the late one would wait in its queue.
         if self._last is not None and not self._last.done():
             return self._fail("busy", "is still at an earlier list")
         self._last = self._thread.submit(self._choose, candidates, k)
         try:
+            # In which the server waits, and all others with it: the time of a hook is short for
+            # that.
             return self._last.result(self._seconds).tolist()
         except TimeoutError as error:
             # Its own errors may be of that type.

@@ -50,6 +50,7 @@ class ListOptions:
                 reranking = resolve_rerank(self.rerank, RerankConfig())
             except ConfigError as error:
                 raise ConfigError(f"--rerank={self.rerank}: {error}") from None
+            # One for all versions: its thread is the bound on how many lists are re-ranked at once.
             if reranking is not None:
                 hook = Hook(reranking, self.rerank_ms / 1_000)
         return functools.partial(Answers, fallback=self.fallback, hook=hook)

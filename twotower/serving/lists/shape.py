@@ -127,10 +127,14 @@ def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed
         shape: Wishes for the list.
     """
     size = shape.length
+    # Each search has its part of what a list may take: without a bound the 289 searches of one
+    # request kept a server busy for two minutes.
     most = min(MAX_POOL, max(size, MAX_CANDIDATES // shape.searches))
     if shape.max_per or shape.promotions or shape.reorder is not None:
         size *= MULTIPLE
     if shape.explore:
+        # Each position draws from a whole hundred, however long the list: a longer list begins with
+        # the shorter one, and its pages fit together.
         size = max(size, shape.length + EXPLORED)
     while True:
         size = min(size, most)
@@ -144,6 +148,7 @@ def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed
         # Caps may have left out so many that the list is short.
         if len(placed) == shape.length or len(pool) < size or size == most:
             return placed
+        # Fourfold, so that the work of all tries together is a third more than that of the last.
         size *= 4
 
 
@@ -175,6 +180,7 @@ def boosted(
     while True:
         best = search(asked, where)
         found = {item.item_id: item for item in best}
+        # Fewer than asked for are all there are, and nothing unseen is left to be above them.
         bound = -np.inf
         if len(best) == asked:
             bound = best[-1].score
@@ -182,6 +188,7 @@ def boosted(
             best = search(asked, (*where, *boost.where))
             found |= {item.item_id: item for item in best}
             if len(best) == asked:
+                # What no search has found scores at most as the last one here, before its boosts.
                 bound = max(bound, _raised(best[-1].score, boosts))
         items = _apply(retriever, list(found.values()), boosts)[:k]
         is_settled = len(items) == k and items[-1].score >= bound
@@ -203,11 +210,13 @@ def _apply(
     """Returns items with their boosted scores, best first."""
     ids = [item.item_id for item in items]
     scores = [item.score for item in items]
+    # All conditions in one look: each item is looked up once, whatever the number of boosts.
     meets = retriever.meets_each(ids, [boost.where for boost in boosts])
     for boost, is_meant in zip(boosts, meets):
         for row in np.flatnonzero(is_meant).tolist():
             scores[row] = boost.apply(scores[row])
     changed = [dataclasses.replace(item, score=score) for item, score in zip(items, scores)]
+    # Stable: items of equal scores keep the order of the search.
     return sorted(changed, key=lambda item: -item.score)
 
 
@@ -218,6 +227,7 @@ def _order(pool: list[Recommendation], shape: Shape) -> list[Recommendation]:
     first = list(shape.reorder(pool, shape.length))
     chosen = set(first)
     rest = [row for row in range(len(pool)) if row not in chosen]
+    # The others follow, as caps may leave out what the re-ranker has chosen.
     return [pool[row] for row in [*first, *rest]]
 
 
@@ -270,6 +280,8 @@ def _fill(
         chosen = None
         number = _due(len(placed) + 1, shape.promotions, given)
         if number >= 0:
+            # Also where none of its items is left: the position goes to the others, and is not owed
+            # later.
             given[number] += 1
             first = _next(promoted[number], caps, 1)
             chosen = Placed(first[0], "promotion") if first else None
@@ -321,6 +333,7 @@ def _draw(left: Sequence[Recommendation], explore: float, draw: random.Random) -
         return Placed(left[0])
     explores = draw.random() < explore
     row = draw.randrange(len(left)) if explores else 0
+    # The best item is drawn among the others too, with this probability beside its own.
     propensity = explore / len(left)
     if row == 0:
         propensity += 1 - explore

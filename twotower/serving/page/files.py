@@ -13,6 +13,8 @@ from typing import Any
 
 from twotower.retrieval.item_map.plane import map_script
 
+# 'none' for all that is not named: a title with HTML in it, should one ever get through, runs
+# nothing and fetches nothing.
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -34,6 +36,8 @@ _TYPES = {
     "svg": b"image/svg+xml",
     "json": b"application/json",
 }
+# By name, and not whatever the folder holds: a file that an editor left there is not sent to
+# everybody.
 _SHIPPED = (
     "icon.svg",
     "page.css",
@@ -65,6 +69,7 @@ class PageFile:
             content: What it holds.
         """
         self.path = path
+        # Once, at the start: a page asks for all files together.
         self._body = content.encode()
         length = (b"content-length", b"%d" % len(self._body))
         self._headers = [(b"content-type", _TYPES[kind]), length, *HEADERS]
@@ -92,6 +97,8 @@ def page_files(names: Mapping[str, str]) -> list[PageFile]:
     for name in _SHIPPED:
         content = folder.joinpath(name).read_text(encoding="utf-8")
         files.append(PageFile(f"/page/{name}", name.rpartition(".")[2], content))
+    # The script of the report's map, word for word: both draw the same plane.
     files.append(PageFile("/page/map.js", "js", map_script()))
+    # The page sends the names of the shop's API as any client does.
     files.append(PageFile("/page/names.json", "json", json.dumps(dict(names))))
     return files

@@ -58,6 +58,7 @@ MAX_SEARCHED = 100_000  # items whose titles are searched, the most popular: wit
 MAX_COUNTED = 2_000  # distinct values from which on none are offered
 OFFERED_VALUES = 40
 REMAKE_SECONDS = 30.0  # between one index of the titles and the next, however many items change
+# Those that make sense to choose from a menu; conditions know others too.
 OPERATORS: dict[Kind, list[str]] = {
     "text": ["==", "!=", "starts with"],
     "number": ["<=", ">=", "==", "!="],
@@ -139,6 +140,8 @@ class Lookups:
                 "user",
                 "POST /v1/user",
                 "What is known of a user: features and history.",
+                # The only one at once: a row and a history are looked up, and nothing has to be
+                # made.
                 lambda request, _: self._profile(request),
                 GetUser,
                 Profile,
@@ -189,6 +192,7 @@ class Lookups:
         for user in made.users.find(request.text.strip(), request.k):
             row = row_by_id.get(user)
             if row is not None:
+                # So that somebody who tries the model out finds users with a history.
                 users.append(FoundUser(user, int(offsets[row + 1] - offsets[row])))
         return FoundUsers(users)
 
@@ -198,6 +202,7 @@ class Lookups:
         user = read_id(request.user_id, retriever.forms.user_id, "user_id")
         is_known = user in retriever.user_rows.row_by_id
         history = []
+        # The latest first: events since the export, then those of the log.
         for event in reversed(answers.histories.of(user)):
             try:
                 item = retriever.item(event["item_id"])
@@ -216,10 +221,12 @@ class Lookups:
         features = {name: row[name] for name in wanted}
         feature = retriever.bundle.encoder.spec.history
         if feature is not None:
+            # All of them, as the model reads them; without one the items are what is known.
             stored_events = row.get(feature.column) or []
         else:
             stored_events = [item.item_id for item in reversed(stored)]
         events = [*stored_events, *answers.histories.of(user)]
+        # As many as a request may bring back.
         sent = [_as_event(event) for event in events[-MAX_HISTORY:]]
         return Profile(user, is_known, features, history[:PAST_ITEMS], sent)
 
@@ -238,6 +245,7 @@ class Lookups:
 
         After changes it is made anew, and what was made before them answers until that is done.
         """
+        # What was made may be of a version that has ceased to answer meanwhile: then once more.
         while True:
             answers = self._versions.main
             made = self._made
@@ -306,6 +314,7 @@ def _counts(answers: Answers, ids: pa.ChunkedArray) -> np.ndarray:
     bundle = answers.retriever.bundle
     rows = pc.index_in(ids, value_set=bundle.items["item_id"].combine_chunks())
     rows = pc.fill_null(rows, -1).to_numpy()
+    # One more, which the row -1 of an item that came later points to.
     known = np.concatenate([bundle.counts, [0]])
     return known[rows]
 
@@ -324,6 +333,8 @@ def _make_catalogue(answers: Answers, items: pa.Table) -> Catalogue:
         title_column(items.column_names),
         columns,
         bundle.encoder.spec.history is not None,
+        # The index has one dimension more than the vectors where it takes popularity into the
+        # product.
         bundle.index.dim > bundle.vectors.shape[1],
     )
 
@@ -338,6 +349,7 @@ def describe_column(name: str, column: pa.ChunkedArray, forms: Forms) -> Column:
     """
     kind = _kind_of(name, column, forms)
     described = Column(name, kind, OPERATORS[kind])
+    # A range says more of them than the most frequent values.
     if kind in ("number", "time"):
         ends = pc.min_max(column).as_py()
         described.low = ends["min"]
@@ -345,6 +357,7 @@ def describe_column(name: str, column: pa.ChunkedArray, forms: Forms) -> Column:
         return described
     values = plain_text(column)
     if kind == "list":
+        # Tags that the log has as one text, "a|b".
         if name in forms.separators:
             values = pc.split_pattern(values, forms.separators[name])
         values = pc.list_flatten(values)
@@ -353,6 +366,7 @@ def describe_column(name: str, column: pa.ChunkedArray, forms: Forms) -> Column:
     if pa.types.is_nested(values.type):
         return described
     counted = pc.value_counts(values.drop_null())
+    # A column of titles has as many values as items: none of them is worth a button.
     if len(counted) <= MAX_COUNTED:
         names = counted.field("values").to_pylist()
         order = np.argsort(-counted.field("counts").to_numpy(), kind="stable")
@@ -362,6 +376,7 @@ def describe_column(name: str, column: pa.ChunkedArray, forms: Forms) -> Column:
 
 def _kind_of(name: str, column: pa.ChunkedArray, forms: Forms) -> Kind:
     kind = column.type
+    # What a column is used for decides, before what it is stored as: times are often numbers.
     form = forms.contract.columns.get(f"item.{name}")
     if pa.types.is_temporal(kind) or isinstance(form, TimeForm) or name in forms.units:
         return "time"

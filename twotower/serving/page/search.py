@@ -22,6 +22,8 @@ def fold(text: str) -> str:
     ('creme brulee', 'اكياس شاي')
     """
     if not text.isascii():
+        # Marks become letters of their own, which are then left out; wide and joined forms become
+        # plain ones.
         parts = unicodedata.normalize("NFKD", text)
         text = "".join(letter for letter in parts if not unicodedata.combining(letter))
         text = text.translate(_ALIKE)
@@ -59,6 +61,7 @@ class Texts:
         words = wanted.split()
         # The longest word stands at the fewest places.
         word = max(words, key=len)
+        # A dict for its order: the best ones first, each once.
         found = dict.fromkeys(itertools.islice(self._rows_with(f"\n{wanted}"), k))
         within = []
         for row in self._rows_with(word):
@@ -84,6 +87,8 @@ class Texts:
             inside = position + needle.startswith("\n")
             row = int(np.searchsorted(self._starts, inside, side="right")) - 1
             yield row
+            # On to the line break before the next text: a text counts once, and the next one may
+            # begin with the needle.
             position = int(self._starts[row + 1]) - 1
 
 

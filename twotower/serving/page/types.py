@@ -186,6 +186,7 @@ class ItemMap(Struct):
     item_ids: list[str]
     titles: list[str]
     labels: list[str]
+    # Base64, not lists of numbers: less than half of the text, and nothing to parse in the browser.
     places: str
     groups: str
     nearest: str

@@ -106,6 +106,7 @@ class Links:
     async def start(self, answer: Answer) -> None:
         """Answers the other processes from now on."""
 
+        # asyncio keeps no reference to the tasks of its own server, by which they could be ended.
         async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
@@ -139,12 +140,15 @@ class Links:
 
         The caller makes up for what the writer before has changed.
         """
+        # Opened once: a lock of the kernel belongs to its descriptor, and closing it gives the lock
+        # away.
         if self._lock is None:
             self._lock = os.open(self._folder / "writer.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
+        # The name of its socket, for those who hand changes to it.
         with atomic(self._folder / "writer") as temporary:
             temporary.write_text(self._path.name)
         return True
@@ -159,6 +163,7 @@ class Links:
         name = ""
         with contextlib.suppress(FileNotFoundError):
             name = (self._folder / "writer").read_text()
+        # Its own name is one that its predecessor has left: nobody is the writer now.
         if not name or name == self._path.name:
             return None
         try:
@@ -173,6 +178,8 @@ class Links:
         Args:
             state: Versions, where those have changed.
         """
+        # All that have a socket, also those that are being started: they must not be behind when
+        # they join.
         others = [path for path in self._folder.glob("*.socket") if path != self._path]
         if not others:
             return
@@ -192,6 +199,7 @@ class Links:
             ConnectionError: It has died, or does not answer in time.
         """
         idle = self._idle.setdefault(path, [])
+        # One request at a time on each: a change that takes long must not keep another one waiting.
         connection = idle.pop() if idle else None
         if connection is not None and connection.is_closed:
             connection = None

@@ -110,7 +110,9 @@ class Member:
         self._served = served
         served.writer.tell = self._links.tell
         served.admin.tell = self._publish
+        # A pipe, which also tells of the parent's end.
         asyncio.get_running_loop().add_reader(self._parent.fileno(), self._hear)
+        # Before it may accept: the writer must reach it from its first request on.
         await self._links.start(self._answer)
         await self._may_accept.wait()
         self.has_joined = True
@@ -136,11 +138,14 @@ class Member:
         """
         loop = asyncio.get_running_loop()
         last = loop.time() + HAND_OVER_SECONDS
+        # As JSON of our names, whatever the shop's are: the writer checks it as it would a
+        # client's.
         body = b"" if request is None else _ENCODER.encode(request)
         message = Handed(endpoint.name, item_id, body)
         while True:
             if self.is_writer or await self._become_writer():
                 return await endpoint.make(request, item_id)
+            # Counted here too: a thousand requests that are handed over wait as well.
             with self._served.writer.place():
                 reply = await self._links.hand(message)
             if reply is not None:
@@ -155,6 +160,8 @@ class Member:
                     cure="Send the request again.",
                     retry_after=5,
                 )
+            # The kernel lets the lock go with its process; whoever asks next has it, and the loop
+            # finds out who.
             await asyncio.sleep(RETRY_SECONDS)
 
     def retire(self) -> None:
@@ -174,6 +181,7 @@ class Member:
 
     async def _become_writer(self) -> bool:
         """Takes the place of the writer if it is free, and says whether it is this process's."""
+        # Several requests at once would each take up the state of the writer before.
         async with self._claiming:
             served = self._served
             # Not before it has all versions, or when it is about to end.
@@ -184,6 +192,7 @@ class Member:
             state = self.read_state()
             if state is not None:
                 await served.admin.reconcile(state)
+            # For processes that start from now on, also where no version has changed yet.
             self._links.write_state(served.admin.versions.state)
             self.is_writer = True
             return True
@@ -203,6 +212,7 @@ class Member:
             return Reply()
         if not self.is_writer and not await self._become_writer():
             return Reply(is_elsewhere=True)
+        # All processes run the same code: a name that is not there is a defect.
         endpoint = self._served.changing[message.endpoint]
         try:
             request = None
@@ -219,4 +229,5 @@ class Member:
         except (EOFError, OSError):
             # Without its parent nobody starts it again, or tells it to end.
             asyncio.get_running_loop().remove_reader(self._parent.fileno())
+            # By the signal, so that what was accepted is answered first.
             os.kill(os.getpid(), signal.SIGTERM)

@@ -44,6 +44,7 @@ class Rates:
             os.ftruncate(descriptor, size)
             memory = mmap.mmap(descriptor, size)
             os.close(descriptor)
+        # Numbers of eight bytes are written in one step: no other process reads half of one.
         self._cells = memoryview(memory).cast("d")
 
     def take(self, client: int, now: float | None = None) -> bool:
@@ -60,6 +61,7 @@ class Rates:
         left = 1 - (now - second)
         row = client * self._count * CELL
         own = row + self._process * CELL
+        # The clocks of all processes are one, so that a cell says itself how old it is.
         if cells[own] != second:
             before = cells[own + 1] if cells[own] == second - 1 else 0.0
             cells[own] = second
@@ -71,6 +73,7 @@ class Rates:
                 total += cells[cell + 1] + left * cells[cell + 2]
             elif cells[cell] == second - 1:
                 total += left * cells[cell + 1]
+        # A refused request is not counted: a client that goes on too fast still has its rate.
         if total + 1 > self.rate:
             return False
         cells[own + 1] += 1

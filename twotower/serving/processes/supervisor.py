@@ -86,6 +86,7 @@ class Supervisor:
         self._bound = bound
         self._count = count
         self._seconds = seconds
+        # Not by fork: threads of JAX and Arrow would be copied in the midst of what they hold.
         self._context = multiprocessing.get_context("spawn")
         self._children: dict[int, _Child] = {}
         self._ready: set[int] = set()
@@ -138,6 +139,7 @@ class Supervisor:
         start = Start(folder, index, self._count, is_early, theirs, self._bound)
         process = self._context.Process(target=self._run, args=(start,), name=f"server-{index}")
         process.start()
+        # Held by the child alone, so that its end is seen on the pipe.
         theirs.close()
         self._children[index] = _Child(process, ours, is_early)
 

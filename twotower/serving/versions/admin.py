@@ -60,6 +60,8 @@ class Admin:
         """Loads one more bundle."""
         place = find_bundle(self._bundles, request.bundle)
         async with self._lock:
+            # Read from the manifest, before anything is loaded: the same bundle again costs
+            # nothing.
             version = _version_at(place)
             if version not in self.versions:
                 # Refused before the work.
@@ -110,6 +112,7 @@ class Admin:
         """
         async with self._lock:
             now = self.versions.state
+            # An older state may arrive late, by a message that a newer one has overtaken.
             if state == now or state.number < now.number or state.number == self._failed:
                 return
             try:
@@ -129,9 +132,11 @@ class Admin:
 
     async def follow(self) -> None:
         """Takes up new versions of the bundles that are served: exports, and compactions."""
+        # Not behind a load that goes on: this is called four times a second, and would queue up.
         if not self._writer.follows or self._lock.locked():
             return
         async with self._lock:
+            # The last one of a folder stands: versions before it are there to go back to.
             newest = {place.folder: version for version, place in self._places().items()}
             for folder, version in newest.items():
                 await self._follow_folder(folder, version)
@@ -141,11 +146,13 @@ class Admin:
         place = self._places()[version]
         try:
             files = str(current_version(folder))
+        # An export that is copied over it may be half there: the next look sees it whole.
         except FolderError:
             files = place.files
         if files == place.files or files in self._tried:
             return
         newer = Place(place.name, folder, files)
+        # Before the attempt: one that fails would be loaded again four times a second.
         self._tried.add(files)
         try:
             found = _version_at(newer)
@@ -165,6 +172,8 @@ class Admin:
             RequestError: It cannot be used.
         """
         loop = asyncio.get_running_loop()
+        # Begun before the version is read: a change during that is in its log or in this list, or
+        # in both, which does no harm.
         with self._writer.remember() as missed:
             answers = await loop.run_in_executor(None, _load_and_prove, place, self.versions.make)
             await self._writer.adopt(answers, missed)
@@ -180,6 +189,7 @@ class Admin:
         """Keeps the changes of versions that were replaced apart from their bundles."""
         for answers in list(self.versions):
             place = self._places()[answers.version]
+            # A pointer that cannot be read says nothing of a newer version.
             with contextlib.suppress(FolderError):
                 if str(current_version(place.folder)) != place.files:
                     await self._writer.detach(answers)
@@ -188,6 +198,7 @@ class Admin:
         """Makes a state the one that counts."""
         before = self.versions.state
         await self._apply(state)
+        # Here first: whoever reads the answer and asks this process again finds it so.
         await self.tell(state)
         if state.routing != before.routing:
             logging.info("Version %s is the main one.", state.routing.main)

@@ -74,6 +74,8 @@ class Routing(msgspec.Struct, frozen=True):
         point = random.random() if key is None else point_of(str(key), self.salt)
         version = self.main
         for version, weight in self.weights.items():
+            # The shares side by side: what is left of the number when a share is taken off falls
+            # into it below 0.
             point -= weight
             if point < 0:
                 return version
@@ -116,6 +118,7 @@ class State(msgspec.Struct, frozen=True):
         """
         if name in self.places:
             return name
+        # The newest one of the name, which came last.
         for version, place in reversed(self.places.items()):
             if place.name == name:
                 return version
@@ -195,6 +198,7 @@ def roll_back(state: State) -> State:
         raise RequestError(
             409, "There is nothing to go back to.", cure="Swap to the version that is to answer."
         )
+    # As one more change, so that going back twice is going forward again.
     return _route(state, state.previous)
 
 
@@ -250,6 +254,7 @@ def supersede(state: State, old: str, new: str, place: Place) -> State:
 
     shares: dict[str, float] = {}
     for version, weight in now.weights.items():
+        # Both may have a share: an export that was loaded by hand stands beside the one before it.
         shares[newer(version)] = shares.get(newer(version), 0.0) + weight
     routing = replace(
         now,
@@ -258,12 +263,14 @@ def supersede(state: State, old: str, new: str, place: Place) -> State:
         overrides={user: newer(version) for user, version in now.overrides.items()},
         shadow=newer(now.shadow),
     )
+    # The version before stays the one to go back to.
     after = _route(state, routing) if routing != now else state
     kept = set(after.routing.versions)
     if after.previous is not None:
         kept |= after.previous.versions
     places = {}
     for version, other in after.places.items():
+        # Else each export would leave one more version in memory.
         is_older = other.folder == place.folder and version not in kept
         if not is_older:
             places[version] = other
@@ -278,4 +285,5 @@ def _route(state: State, routing: Routing) -> State:
 
 
 def _next(state: State, **changes: Any) -> State:
+    # A change may come to a process by a message and by the file: the number says which is newer.
     return replace(state, number=state.number + 1, **changes)

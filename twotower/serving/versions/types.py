@@ -57,6 +57,7 @@ class Shadow(Request):
         share: Share of the requests that it answers.
     """
 
+    # Without a default: a body without a version must not end the comparison by mistake.
     version: Text | None
     share: Annotated[float, Meta(gt=0, le=1)] = 1.0
 

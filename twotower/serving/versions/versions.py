@@ -71,6 +71,8 @@ class Versions:
             RequestError: There is no such version.
         """
         if version is not None:
+            # By the state, not by what is loaded: a version that was just loaded answers nobody
+            # yet.
             return self._loaded[self.state.find(version, "model_version")]
         routing = self.state.routing
         # Most servers have one version.
@@ -91,6 +93,7 @@ class Versions:
         self.state = state
         self.main = self._loaded[state.routing.main]
         self.shadow = self._loaded[state.routing.shadow] if state.routing.shadow else None
+        # Those that are left out are freed when the last request that they answer has ended.
         self._loaded = {version: self._loaded[version] for version in state.places}
 
     def list(self) -> VersionList:
@@ -105,10 +108,12 @@ class Versions:
     def _describe(self, answers: Answers) -> VersionInfo:
         version = answers.version
         routing = self.state.routing
+        # Overrides are not counted: they are single users.
         share = routing.weights.get(version, 0.0)
         if not routing.weights:
             share = float(version == routing.main)
         role = ""
+        # The first that fits: a version may be several of these.
         if version == routing.main:
             role = "main"
         elif version in routing.weights or version in routing.overrides.values():
@@ -136,6 +141,7 @@ def place_of(retriever: Retriever, name: str = "") -> Place:
         name: Name of the bundle; by default that of its folder.
     """
     bundle = retriever.bundle
+    # A bundle in memory has no log of changes, and no place for another process to load it from.
     if bundle.folder is None or bundle.version is None:
         raise ConfigError("Only a bundle that was loaded from a folder is served.")
     return Place(name or bundle.folder.name, str(bundle.folder), str(bundle.version))
@@ -175,6 +181,7 @@ def load_all(folders: Mapping[str, Path], make: MakeAnswers) -> Versions:
         if versions is None:
             versions = Versions(answers, place, make=make)
             continue
+        # The versions of two names are one entry: a split between them would be none.
         if answers.version in versions:
             raise ConfigError(
                 f"--bundle={name}={folder} is the same bundle as another one. Name it once."
@@ -196,7 +203,9 @@ def restore(state: State, make: MakeAnswers) -> Versions:
     Raises:
         TwotowerError: One of them is not whole any more.
     """
+    # By the files of each, not by the pointer of its folder, which may have moved on.
     loaded = [load(place, make) for place in state.places.values()]
+    # Any of them: the state says which is the main one.
     versions = Versions(loaded[0], make=make)
     for answers in loaded[1:]:
         versions.add(answers)
