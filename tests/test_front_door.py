@@ -39,7 +39,7 @@ CHEAP = {
 # Names whose examples need a run, or make one.
 OF_A_RUN = (
     *"Recommendation Retriever Run compare fit grow".split(),
-    *"load_retriever load_run refit rerank sweep train".split(),
+    *"load_retriever load_run prepare refit rerank sweep train".split(),
 )
 
 

@@ -19,7 +19,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from twotower import config, features, register
-    from twotower.api import Run, compare, fit, grow, load_retriever, load_run, refit, sweep, train
+    from twotower.api import (
+        Run,
+        compare,
+        fit,
+        grow,
+        load_retriever,
+        load_run,
+        prepare,
+        refit,
+        sweep,
+        train,
+    )
     from twotower.core.errors import TwotowerError
     from twotower.evaluation import metrics
     from twotower.experiment import load_config
@@ -41,6 +52,7 @@ _HOMES = {
     "load_config": "twotower.experiment",
     "load_retriever": "twotower.api",
     "load_run": "twotower.api",
+    "prepare": "twotower.api",
     "refit": "twotower.api",
     "sweep": "twotower.api",
     "train": "twotower.api",
@@ -71,6 +83,7 @@ __all__ = [
     "load_run",
     "losses",
     "metrics",
+    "prepare",
     "refit",
     "register",
     "rerank",

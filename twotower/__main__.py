@@ -13,6 +13,7 @@ from twotower.core.errors import did_you_mean
 COMMANDS = {
     "inspect": "inspect",
     "plan": "pods.plan",
+    "prepare": "pods.prepare",
     "train": "train",
     "export": "export",
     "evaluate": "evaluation.evaluate",

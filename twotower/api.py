@@ -56,6 +56,7 @@ from twotower.integrations.mlflow_runs import fetch_bundle
 from twotower.integrations.mlflow_store import Destination, is_address
 from twotower.integrations.tracking import log_linked, track
 from twotower.pipeline import folder as data_folder
+from twotower.pipeline.engines.engine import prepare_folder
 from twotower.plugins import import_plugins, load_config, run_of
 from twotower.recommended import SHARE_OF_NEWS
 from twotower.retrieval.bundle import BUNDLE, Bundle
@@ -366,6 +367,44 @@ def popularity_cure(facts: LogFacts) -> str:
         "try config={'training.passes': 30}, give columns of the items as items=, and compare with "
         "run.evaluate(baselines=True)."
     )
+
+
+def prepare(
+    config: Config,
+    folder: Path | str,
+    *,
+    engine: str = "memory",
+    memory: str = "4GB",
+    max_bad_rows: int | None = None,
+) -> DataReport | None:
+    """Prepares a log into a folder, from which any number of runs train: `train(..., data=folder)`.
+
+    >>> options = tt.config.defaults()
+    >>> options.data.source = "csv"
+    >>> options.data.path = "events.csv"
+    >>> tt.prepare(tt.config.from_dict(options), "prepared").parts
+    {'train': 320, 'validation': 40, 'test': 40}
+
+    Args:
+        config: Configuration whose data, split, features and labels are prepared.
+        folder: Folder to write to. One that is whole already is left as it is; one that was left
+            half-way is begun anew.
+        engine: "memory", which reads the whole log, or "duckdb", for one that is larger. Both leave
+            the same folder, byte for byte.
+        memory: Memory that the engine "duckdb" keeps to.
+        max_bad_rows: Number of rows of text files with other fields than the header that may be
+            left out; None for what `bad_rows` of the tables says.
+
+    Returns:
+        Facts about the data that a person should know before training.
+
+    Raises:
+        ConfigError: The data or an option cannot be used, or the folder holds the data of another
+            configuration.
+    """
+    folder = run_folder.local_folder(folder, "--data")
+    import_plugins(config.plugins, folder)
+    return prepare_folder(config, folder, engine=engine, memory=memory, max_bad_rows=max_bad_rows)
 
 
 def train(

@@ -187,7 +187,10 @@ def format_share(count: int, total: int) -> str:
 
 def _describe_dropped(dropped: Dropped) -> str:
     share = format_share(dropped.rows, dropped.total)
-    return f"{dropped.rows:,} of {dropped.total:,} rows ({share}) {dropped.reason}"
+    words = f"{dropped.rows:,} of {dropped.total:,} rows ({share}) {dropped.reason}"
+    if dropped.places:
+        words += f", such as {dropped.places[0]}"
+    return words
 
 
 def _describe_held_out(part: str, rows: HeldOut) -> str:

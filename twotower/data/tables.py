@@ -56,6 +56,8 @@ class Origin:
         is_ordered: Whether the order of the rows is always the same.
         missing_words: Function from a column of the source to the words in it that were taken for
             missing values, each with its number.
+        skipped: Number of rows that were left out, as they had other fields than the header.
+        skipped_places: Files and lines of the first of these.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Origin:
     is_typed: bool
     is_ordered: bool = True
     missing_words: Callable[[str], Mapping[str, int]] = lambda column: {}
+    skipped: int = 0
+    skipped_places: tuple[str, ...] = ()
 
 
 def keys_of(name: str) -> tuple[str, ...]:

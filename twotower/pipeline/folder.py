@@ -1,7 +1,8 @@
 """Prepared data in a folder, from which all commands but the first training read it.
 
 ```
-manifest.json    version, what the data was made from, and of every other file its size
+manifest.json    version, what the data was made from, a hash of all tables and arrays, and of every
+                 other file its size
 users.arrow  items.arrow  train.arrow  validation.arrow  test.arrow
                  the tables with all columns as they were read, mapped into memory
 NNN.npy          the encoded arrays, mapped likewise; the manifest names them
@@ -19,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,10 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import Config, DataConfig, SplitConfig
+from twotower.core.arrow import join_chunks
 from twotower.core.errors import ConfigError, FolderError
 from twotower.core.fields import build, differences
-from twotower.core.files import atomic, content_digest, read_json
+from twotower.core.files import atomic, content_digest, digest, read_json
 from twotower.data.dataset import TruePreferences
 from twotower.data.interactions import PARTS, Split
 from twotower.data.report import DataReport
@@ -48,6 +50,8 @@ VERSION = 1
 TABLES = ("users", "items", *PARTS)
 # Nested mappings with arrays as leaves.
 Tree = Mapping[str, Any]
+# Rows of a table that are written at once.
+_BATCH = 2**22
 
 
 def save(prepared: PreparedData, folder: Path) -> None:
@@ -59,34 +63,91 @@ def save(prepared: PreparedData, folder: Path) -> None:
         prepared: Data to write.
         folder: Folder to write to; it is made if there is none.
     """
-    sizes = {}
     for name, table in _tables(prepared).items():
-        file = f"{name}.arrow"
-        with atomic(folder / file) as temporary:
-            _write_table(table, temporary)
-        sizes[file] = (folder / file).stat().st_size
-    arrays = []
-    for number, (path, array) in enumerate(_leaves(_arrays(prepared))):
-        # Numbers, since features and columns may have names that no file can have.
-        file = f"{number:03}.npy"
-        with atomic(folder / file) as temporary:
+        with atomic(folder / table_file(name)) as temporary:
+            with TableWriter(temporary, table.schema) as writer:
+                writer.write(table)
+    tree = arrays_of(prepared)
+    arrays = describe_arrays(tree)
+    for entry, (_, array) in zip(arrays, _leaves(tree), strict=True):
+        with atomic(folder / entry["file"]) as temporary:
             with temporary.open("wb") as opened:
                 np.save(opened, array, allow_pickle=False)
-        sizes[file] = (folder / file).stat().st_size
-        described = {"path": path, "file": file, "dtype": str(array.dtype), "shape": array.shape}
-        arrays.append(described)
     if prepared.report is not None:
         prepared.report.save(folder)
     rows = {part: len(getattr(prepared, part)) for part in PARTS}
+    finish(
+        folder,
+        prepared.config,
+        prepared.encoder,
+        rows=rows,
+        arrays=arrays,
+        has_catalogue=prepared.has_catalogue,
+    )
+
+
+def table_file(name: str) -> str:
+    """Returns the file of a table: users, items, or a part of the split."""
+    return f"{name}.arrow"
+
+
+def describe_arrays(tree: Tree) -> list[dict[str, Any]]:
+    """Returns path, file, type and shape of the arrays of prepared data, as the manifest has them.
+
+    Args:
+        tree: Nested mappings as `arrays_of` returns them; an array may be anything that has its
+            dtype and shape.
+    """
+    described = []
+    for number, (path, array) in enumerate(_leaves(tree)):
+        # Numbers, since features and columns may have names that no file can have.
+        entry = {
+            "path": path,
+            "file": f"{number:03}.npy",
+            "dtype": str(array.dtype),
+            "shape": array.shape,
+        }
+        described.append(entry)
+    return described
+
+
+def finish(
+    folder: Path,
+    config: Config,
+    encoder: Encoder,
+    *,
+    rows: Mapping[str, int],
+    arrays: Sequence[Mapping[str, Any]],
+    has_catalogue: bool,
+) -> None:
+    """Writes the manifest of a folder that holds all tables and arrays, which makes it whole.
+
+    Args:
+        folder: Folder with the files.
+        config: Configuration that the data was prepared for.
+        encoder: Encoder of the data.
+        rows: Number of rows of each part.
+        arrays: Description of each array, see `describe_arrays`.
+        has_catalogue: Whether items have a table of their own.
+    """
+    files = [table_file(name) for name in TABLES]
+    files += [entry["file"] for entry in arrays]
     content = {
-        "made_from": _made_from(prepared.config, prepared.encoder),
-        "fitted_on": prepared.encoder.fitted_on,
-        "has_catalogue": prepared.has_catalogue,
+        "made_from": _made_from(config, encoder),
+        "fitted_on": encoder.fitted_on,
+        "has_catalogue": has_catalogue,
         "rows": rows,
         "arrays": arrays,
-        "files": sizes,
+        "files": {file: (folder / file).stat().st_size for file in files},
+        # Of the bytes alone: it is the same whatever wrote them, and when.
+        "content": content_digest({file: digest(folder / file) for file in files}),
     }
     _write_manifest(folder, content)
+
+
+def content_of(folder: Path) -> str:
+    """Returns the SHA-256 of all tables and arrays; empty for a folder of an earlier version."""
+    return _read_manifest(resolve(folder)).get("content", "")
 
 
 def load(folder: Path, config: Config, encoder: Encoder) -> PreparedData:
@@ -259,7 +320,7 @@ def _tables(prepared: PreparedData) -> dict[str, pa.Table]:
     return tables | {part: getattr(prepared.raw, part) for part in PARTS}
 
 
-def _arrays(prepared: PreparedData) -> Tree:
+def arrays_of(prepared: PreparedData) -> Tree:
     """Returns the arrays of prepared data by the names of its fields."""
     tree: dict[str, Any] = {"features": prepared.features}
     for part in PARTS:
@@ -317,12 +378,57 @@ def _load_histories(arrays: Tree | None, encoder: Encoder) -> Histories | None:
     return Histories(feature=feature, reads=reads, **arrays)
 
 
-def _write_table(table: pa.Table, path: Path) -> None:
-    # Arrow files have one dictionary a column, whatever the chunks have.
-    options = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
-    with pa.OSFile(str(path), "wb") as file:
-        with pa.ipc.new_file(file, table.schema, options=options) as writer:
-            writer.write_table(table)
+class TableWriter:
+    """Writes a table in pieces, into a file that does not depend on how it was cut into them.
+
+    Args:
+        path: File to write.
+        schema: Schema of the table.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema):
+        # Arrow files have one dictionary a column, whatever the chunks have.
+        options = pa.ipc.IpcWriteOptions(unify_dictionaries=True)
+        self._file = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._file, schema, options=options)
+        self._schema = schema
+        self._pieces: list[pa.Table] = []
+        self._rows = 0
+
+    def write(self, piece: pa.Table) -> None:
+        """Adds rows at the end."""
+        self._pieces.append(piece)
+        self._rows += len(piece)
+        while self._rows >= _BATCH:
+            self._write_batch(_BATCH)
+
+    def _write_batch(self, rows: int) -> None:
+        joined = pa.concat_tables(self._pieces)
+        columns = [_one_chunk(column) for column in joined.slice(0, rows).columns]
+        batch = pa.RecordBatch.from_arrays(columns, schema=self._schema)
+        self._writer.write_batch(batch)
+        self._pieces = [joined.slice(rows)]
+        self._rows -= rows
+
+    def __enter__(self) -> TableWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            if error[0] is None and self._rows:
+                self._write_batch(self._rows)
+            self._writer.close()
+        finally:
+            self._file.close()
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    """Returns a column as one array of which no byte is left to chance."""
+    values = join_chunks(column)
+    if not values.null_count and not pa.types.is_boolean(values.type):
+        return values
+    # What lies under a missing value, and in the bits behind the last one, is zero in a copy.
+    return values.take(pa.array(np.arange(len(values))))
 
 
 def _map_table(path: Path) -> pa.Table:

@@ -48,6 +48,8 @@ class Rows:
         form: Form of the file, with what was found out about it.
         records: Number of the record of each row, from 0 and without the header, int64 [N]; None
             where every record is a row.
+        skipped: Numbers of the records that are left out, as they have other fields than the
+            header, int64 [B].
     """
 
     table: pa.Table
@@ -55,6 +57,7 @@ class Rows:
     content: Content
     form: TableConfig
     records: np.ndarray | None = None
+    skipped: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
 
     def columns(self) -> list[pa.ChunkedArray | None]:
         """Returns the columns of the file; None for one that the table leaves out."""
@@ -72,6 +75,11 @@ class Rows:
         if self.records is not None:
             row = int(self.records[row])
         return _line_of(self.content, self.form, row)
+
+    def skipped_lines(self, count: int) -> list[int]:
+        """Returns the lines of the first records that are left out."""
+        first = self.skipped[:count].tolist()
+        return [_line_of(self.content, self.form, record) for record in first]
 
 
 def read(content: Content, config: TableConfig, name: str) -> Rows:
@@ -399,7 +407,7 @@ def _with_bad_rows(
     good = np.delete(np.arange(len(rows.table) + len(bad)), numbers)
     # Rows that are left out, or refused below, leave gaps in the numbers of the others.
     if form.bad_rows != "pad" or _too_long(bad, arrow_delimiter(form)):
-        return dataclasses.replace(rows, records=good)
+        return dataclasses.replace(rows, records=good, skipped=numbers)
     texts = [_pad(row, arrow_delimiter(form)) for row in bad]
     table = pa.concat_tables([rows.table, reading.padded(texts, header)])
     records = np.concatenate([good, numbers])

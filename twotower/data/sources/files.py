@@ -104,6 +104,8 @@ def read_raw(
         # JSON and Parquet say which values are numbers and times.
         is_typed=parts[0].kind != "csv",
         missing_words=files.missing_words,
+        skipped=files.skipped,
+        skipped_places=files.skipped_places(),
     )
 
 
@@ -281,6 +283,7 @@ class _Files:
 
     Attributes:
         name: Path of the first file, and the number of the others.
+        skipped: Number of rows that were left out, as they had other fields than the header.
     """
 
     def __init__(self, parts: list[Part]):
@@ -290,6 +293,7 @@ class _Files:
         self.name = str(parts[0].path)
         if others:
             self.name = f"{self.name} (and {others} more)"
+        self.skipped = sum(len(part.rows.skipped) for part in parts if part.rows is not None)
 
     def missing_words(self, column: str) -> dict[str, int]:
         """Returns the words of a column of text that stand for missing: word -> its number."""
@@ -298,6 +302,15 @@ class _Files:
             if part.rows is not None and column in part.rows.table.column_names:
                 words.update(part.rows.missing_words(column))
         return dict(words)
+
+    def skipped_places(self) -> tuple[str, ...]:
+        """Returns file and line of the first rows that were left out."""
+        places: list[str] = []
+        for part in self._parts:
+            if part.rows is not None:
+                lines = part.rows.skipped_lines(_SHOWN - len(places))
+                places += [f"{part.path}, line {line}" for line in lines]
+        return tuple(places)
 
     def describe_row(self, row: int) -> str:
         """Returns the file and the place in it of a row counted from 0."""

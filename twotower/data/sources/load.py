@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -21,7 +21,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm
 from twotower.core.kinds import Kinds
 from twotower.data.contract import KEYS, Contract, Uses
-from twotower.data.dataset import Dataset, assemble, collapse
+from twotower.data.dataset import Dataset, Dropped, assemble, collapse
 from twotower.data.shop import generate as shop
 from twotower.data.sources import bigquery, files, lists, tfds
 from twotower.data.sources.frames import TableLike, read_table
@@ -37,6 +37,8 @@ from twotower.data.tables import (
 
 # The tables of a source of one's own in `config.data`.
 _TABLES = ("interactions", "user_table", "item_table")
+# End of the note on rows that `bad_rows` = "skip" leaves out.
+SKIPPED = "with other fields than the header"
 # Name of a column with the number of each row, for as long as rows are dropped.
 _POSITION = "\0position"
 
@@ -205,7 +207,22 @@ def _assemble(
         warnings += near_equal_ids(dataset.users["user_id"], "user")
     if contract.item_id is IdForm.TEXT:
         warnings += near_equal_ids(dataset.items["item_id"], "item")
-    return dataclasses.replace(dataset, contract=contract, warnings=tuple(warnings))
+    dropped = (*skipped_rows([*log, *tables]), *dataset.dropped)
+    return dataclasses.replace(
+        dataset, contract=contract, warnings=tuple(warnings), dropped=dropped
+    )
+
+
+def skipped_rows(tables: Sequence[RawTable]) -> list[Dropped]:
+    """Returns a note on each table of which rows were skipped when it was read."""
+    notes = []
+    for raw in tables:
+        count = raw.origin.skipped
+        if count:
+            reason = SKIPPED if raw.keys == KEYS else f"of {raw.name} {SKIPPED}"
+            total = len(raw.rows) + count
+            notes.append(Dropped(reason, count, total, raw.origin.skipped_places))
+    return notes
 
 
 def _joined_times(rows: pa.Table) -> pa.Table:

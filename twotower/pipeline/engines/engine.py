@@ -1,0 +1,132 @@
+"""Prepares a log into a folder that runs share, by one of several engines.
+
+All engines leave the same folder, byte for byte; `twotower.pipeline.folder` says what it holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from twotower.config import Config, TableConfig
+from twotower.core.errors import ConfigError, choose
+from twotower.core.files import exclusive, explain_full_disk
+from twotower.data.dataset import Dropped
+from twotower.data.report import DataReport
+from twotower.data.sources.load import SKIPPED
+from twotower.pipeline import folder as data_folder
+from twotower.pipeline.prepare import prepare
+
+_TABLES = ("interactions", "user_table", "item_table", "validation", "test")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+def prepare_folder(
+    config: Config,
+    folder: Path,
+    *,
+    engine: str = "memory",
+    memory: str = "4GB",
+    max_bad_rows: int | None = None,
+) -> DataReport | None:
+    """Prepares the log that a configuration names into a folder, with its encoder.
+
+    A folder that is whole already is left as it is. One that was left half-way, by a kill or a full
+    disk, counts as empty.
+
+    Args:
+        config: Configuration whose data, split, features and labels are prepared.
+        folder: Folder to write to; it is made if there is none.
+        engine: Kind of engine.
+        memory: Memory that the engine "duckdb" keeps to, such as "4GB".
+        max_bad_rows: Number of rows with other fields than the header that may be left out; None
+            for what `bad_rows` of the tables says.
+
+    Returns:
+        Facts about the data; None where the folder keeps none.
+
+    Raises:
+        BusyError: Another process prepares the folder.
+        ConfigError: The data or an option cannot be used, or the folder holds the data of another
+            configuration.
+        OSError: The disk is full.
+    """
+    run = choose(_ENGINES, engine, "--engine")
+    size = parse_memory(memory)
+    again = "Then give the same command again: it begins anew."
+    with explain_full_disk(folder, again), exclusive(folder, "prepare"):
+        if data_folder.is_whole(folder):
+            data_folder.check_fits(folder, config)
+            return DataReport.load(folder)
+        run(config, folder, size, max_bad_rows)
+    return DataReport.load(folder)
+
+
+def parse_memory(text: str) -> int:
+    """Returns a number of bytes that is written as people do.
+
+    >>> parse_memory("4GB"), parse_memory("512 MB"), parse_memory("1GiB")
+    (4000000000, 512000000, 1073741824)
+
+    Raises:
+        ConfigError: It is no such number.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
+    if not found:
+        raise ConfigError(f"--memory={text!r} must be a number of bytes, such as 4GB or 512MB.")
+    number, unit, binary = found.groups()
+    factor = _UNITS[unit]
+    if binary:
+        factor = 1024 ** list(_UNITS).index(unit)
+    return int(float(number) * factor)
+
+
+def _prepare_in_memory(config: Config, folder: Path, memory: int, max_bad_rows: int | None) -> None:
+    """Prepares a log that fits into memory, whatever that is."""
+    del memory
+    prepared = prepare(with_bad_rows(config, max_bad_rows))
+    if prepared.report is not None:
+        check_bad_rows(prepared.report.dropped, max_bad_rows)
+    prepared.encoder.save(folder / "encoder")
+    # As it was given: a run that shares the folder compares its own with it.
+    data_folder.save(dataclasses.replace(prepared, config=config), folder)
+
+
+def with_bad_rows(config: Config, max_bad_rows: int | None) -> Config:
+    """Returns the configuration by which rows are read where some bad ones may be left out."""
+    if max_bad_rows is None:
+        return config
+    tables = {}
+    for name in _TABLES:
+        table: TableConfig = getattr(config.data, name)
+        if table.bad_rows == "refuse":
+            tables[name] = dataclasses.replace(table, bad_rows="skip")
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **tables))
+
+
+def check_bad_rows(dropped: Iterable[Dropped], max_bad_rows: int | None) -> None:
+    """Refuses more bad rows than may be left out, with the first of them.
+
+    Args:
+        dropped: Notes on the rows that were left out.
+        max_bad_rows: Number that may be; None for any.
+
+    Raises:
+        ConfigError: There are more.
+    """
+    notes = [note for note in dropped if note.reason.endswith(SKIPPED)]
+    count = sum(note.rows for note in notes)
+    if max_bad_rows is None or count <= max_bad_rows:
+        return
+    places = [place for note in notes for place in note.places]
+    raise ConfigError(
+        f"{count:,} rows have other fields than the header, more than --max_bad_rows="
+        f"{max_bad_rows}: {'; '.join(places)}. Mend them, or allow more."
+    )
+
+
+_ENGINES: dict[str, Callable[[Config, Path, int, int | None], None]] = {
+    "memory": _prepare_in_memory,
+}
