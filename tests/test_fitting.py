@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import re
+import time
 
 import duckdb
 import ml_collections
@@ -15,6 +16,7 @@ import pytest
 
 from twotower import fitting
 from twotower.config import Config, from_dict
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.data.sources.kept import locate
 from twotower.data.sources.load import load_dataset
@@ -94,12 +96,17 @@ def test_rows_that_cannot_be_used_are_said_with_their_share():
     columns = events()
     columns["time"] = columns["time"].copy()
     columns["time"][7:10] = 0
+    columns["time"][20] = int(time.time()) + 3_600  # a clock that is ahead
     columns = {name: np.concatenate([values, values[:40]]) for name, values in columns.items()}
     log = read(pa.table(columns))
     said = " ".join(log.said)
     assert re.search(r"6 rows \(1.4%\) have a 'time' before 1990 or after tomorrow: left out", said)
     assert re.search(r"37 rows \(8.5%\) repeat the user, item and time", said)
     assert len(log.tables["interactions"]) == 434
+    # As options, the bounds keep the same rows.
+    bounds = {operator: value for _, operator, value in log.where}
+    times = log.tables["interactions"]["timestamp"]
+    assert bounds[">="] <= pc.min(times).as_py() and pc.max(times).as_py() <= bounds["<="]
 
 
 def test_a_table_of_items_is_the_corpus_and_its_columns_are_described():

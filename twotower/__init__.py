@@ -95,6 +95,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Loads a public name from its module (PEP 562)."""
     if name in _MODULES:
+        # As a module it needs no home of its own, and nothing of JAX.
         return importlib.import_module(_MODULES[name])
     if name in _HOMES:
         # Before the module imports JAX, which reads its options then.

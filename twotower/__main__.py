@@ -43,6 +43,7 @@ def main() -> None:
 
 
 def _run() -> None:
+    # Here, so that Ctrl-C in the midst of these imports ends as quietly as later on.
     from twotower.commands import launch
 
     name, *flags = sys.argv[1:] or ["--help"]
@@ -73,6 +74,7 @@ def format_commands() -> str:
     width = max(len(name) for name in COMMANDS)
     lines = []
     for name in COMMANDS:
+        # The first line of each module's docstring: the same words as in its --help.
         summary = (_module(name).__doc__ or "").split("\n")[0]
         lines.append(f"  {name:{width}}  {summary}")
     return "\n".join(

@@ -33,6 +33,8 @@ def describe_training(config: Any, workdir: Path | str, *, devices: int = 0) -> 
     Raises:
         ConfigError: As `api.train` would, for a field, the folder or the data.
     """
+    # Here, since the module is imported to define a flag, for --help too, which must not wait for
+    # JAX.
     from twotower import api
     from twotower.core.mesh import make_mesh
     from twotower.experiment import changed_options
@@ -46,6 +48,7 @@ def describe_training(config: Any, workdir: Path | str, *, devices: int = 0) -> 
     mesh = make_mesh(devices)
     check_batch(config.training, mesh)
     api.check_names(config, folder)
+    # As training does before it reads the data, so that a name nobody knows is refused here too.
     resolve_kinds(config)
     state = "a new run"
     if holds_run(folder, config) and has_checkpoint(folder):
@@ -71,6 +74,7 @@ def describe_training(config: Any, workdir: Path | str, *, devices: int = 0) -> 
 def latest_step(folder: Path) -> int:
     """Returns the step of the latest checkpoint of a run; 0 without any."""
     names = [path.name for path in (folder / "checkpoints").glob("*")]
+    # A checkpoint is named by its step; one that is being written has a longer name.
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
@@ -90,6 +94,7 @@ def describe_data(config: Any, folder: Path) -> Iterator[str]:
         if report is not None:
             yield from report.lines()
         return
+    # A query in BigQuery is paid for each time.
     if config.data.source not in CHEAP_SOURCES:
         yield f"Data: {config.data.source}, split by {config.split.kind}; not read now."
         return

@@ -62,6 +62,7 @@ def read(experiment: str | Path, changes: Mapping[str, Any] | None = None) -> An
     module = _execute(path)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{path} has no function get_config(), which an experiment returns by.")
+    # With a bare colon the argument is "", as config_flags hands it over.
     arguments = [argument] if colon else []
     config = module.get_config(*arguments)
     _find_features(config, path.parent)
@@ -83,6 +84,7 @@ def find(name: str) -> Path:
     if path.suffix == ".py" and path.is_file():
         return path
     names = shipped_names()
+    # After files: a file of one's own goes before a shipped name.
     if name in names:
         return _configs() / f"{name}.py"
     # By its last part too: who writes "losses" or "configs/quikstart.py" means a shipped one.

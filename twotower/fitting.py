@@ -19,7 +19,7 @@ import pyarrow as pa
 from twotower.config import Config, DataConfig, SplitConfig, TableConfig, defaults, from_dict
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
-from twotower.core.times import EARLIEST, in_range
+from twotower.core.times import DAY, EARLIEST, in_range
 from twotower.data import guess
 from twotower.data.audit import audit, drop_repeats
 from twotower.data.contract import Contract
@@ -121,9 +121,13 @@ def read_log(
     Raises:
         ConfigError: A table or column cannot be used, or the log is too small.
     """
+    # What is recommended depends on the log, which is not read yet; how it is read only on the
+    # caller.
     data = _whole_config(config, {}).data
     said: list[str] = []
     describes_items = _is_same(items, interactions)
+    # The log describes its items by what each row says of them, which is only known after the
+    # split.
     if describes_items:
         items = None
     read = read_tables(
@@ -132,6 +136,7 @@ def read_log(
     tables = read.typed
     _check_rows(tables["interactions"], len(read.raw["log"]), said)
     dataset = assemble(tables["interactions"], tables.get("user_table"), tables.get("item_table"))
+    # Before the split: tables whose ids hardly meet are a mistake that no split cures.
     check_matches(dataset.matches, data.accept)
     check_log(dataset.interactions, data.accept)
     if _gives_split(config):
@@ -144,6 +149,7 @@ def read_log(
     if describes_items:
         key = configs["interactions"].columns["item_id"]
         configs["item_table"] = TableConfig(columns={"item_id": key})
+        # Of the training rows alone: what later rows say of an item would tell the future.
         tables["item_table"] = _items_of_log(chosen.parts.train, read.others, said)
         raw_items = tables["item_table"].drop_columns(["item_id"])
     facts = log_facts(
@@ -229,6 +235,7 @@ def read_tables(
     log, contract = apply_contract(
         raw, configs["interactions"], "interactions", origin=origin, contract=contract
     )
+    # Before the rows are left out, of which the conditions speak.
     where = _where_usable(log, found, now)
     log = _drop_unusable(log, found, now, said)
     if "weight" in log.column_names:
@@ -242,6 +249,7 @@ def read_tables(
         name = f"{side}_table"
         raw_side, side_origin = read_table(source, getattr(data, name), f"{side}s")
         ids = log[f"{side}_id"]
+        # By the ids of the log, as the names of the two columns need not be alike.
         key = guess.guess_key(raw_side, column, ids, side, now=now)
         given: TableConfig = getattr(data, name)
         configs[name] = dataclasses.replace(given, columns={**given.columns, f"{side}_id": key})
@@ -309,6 +317,8 @@ def begin(workdir: Path | str | None, log: Log, config: Config) -> Path:
             f"workdir={str(folder)!r} holds a run that was trained with other rows. Name a new "
             "folder, or delete this one."
         )
+    # A run that was stopped before its first checkpoint begins again, with the rows as they are
+    # now.
     if not has_steps:
         # Claimed before the rows are written: a folder with other files is not taken for a run's.
         claim(folder, config)
@@ -323,6 +333,7 @@ def _new_folder() -> Path:
     while True:
         folder = Path("runs") / f"{today}-{number}"
         try:
+            # Made, and not only looked for: two runs that begin together take different numbers.
             folder.mkdir(parents=True)
         except FileExistsError:
             number += 1
@@ -360,10 +371,12 @@ def _gives_split(config: Options) -> bool:
     """Returns whether the caller says how the log is divided."""
     if isinstance(config, (Config, str, Path)):
         return True
+    # Both forms are known, {"split.kind": …} and {"split": {…}}.
     return any(name.partition(".")[0] == "split" for name in _changes(config))
 
 
 def _sets_steps(changes: Mapping[str, Any]) -> bool:
+    # As in `_gives_split`, dotted and nested names.
     training = changes.get("training", {})
     names = {name.removeprefix("training.") for name in changes} | set(training)
     return bool(names & {"steps", "steps_for"}) and "passes" not in names
@@ -378,7 +391,7 @@ def _find_columns(
     time = columns.time
     if time is None:
         time = named.get("timestamp")
-    found = guess.guess_columns(
+    return guess.guess_columns(
         raw,
         user=columns.user or named.get("user_id", ""),
         item=columns.item or named.get("item_id", ""),
@@ -387,7 +400,6 @@ def _find_columns(
         has_form=bool(has_form),
         now=now,
     )
-    return found
 
 
 def _table_config(found: guess.LogColumns, config: TableConfig) -> TableConfig:
@@ -423,8 +435,10 @@ def _where_usable(log: pa.Table, found: guess.LogColumns, now: float) -> tuple[t
         conditions.append(("timestamp", "!=", None))
     is_guessed = found.form is not None and not found.form.is_typed
     if is_guessed and not pc.all(in_range(times, now=now)).as_py():
+        # The same bounds as those of `_drop_unusable`, as options: what reads the file next has no
+        # rows left out.
         conditions.append(("timestamp", ">=", int(EARLIEST.timestamp())))
-        conditions.append(("timestamp", "<=", int(now)))
+        conditions.append(("timestamp", "<=", int(now) + DAY))
     return tuple(conditions)
 
 
@@ -439,6 +453,8 @@ def _drop_unusable(log: pa.Table, found: guess.LogColumns, now: float, said: lis
             is_near = in_range(log["timestamp"], now=now)
             words = f"have a {found.time!r} before 1990 or after tomorrow"
             log = _keep_rows(log, is_near, words, said)
+    # Counted and kept: a repeated purchase is one, and the audit of the split decides what would
+    # leak.
     keys = [name for name in (*LOG_KEYS, "timestamp") if name in log.column_names]
     distinct = len(log.select(keys).group_by(keys).aggregate([]))
     repeats = len(log) - distinct
@@ -509,6 +525,8 @@ def _given_split(dataset: Dataset, config: Config, said: list[str]) -> _Chosen:
     Raises:
         ConfigError: It leaves a part empty, or leaks.
     """
+    # The caller's filters come before the split, as they will in training: sizes are told as they
+    # are.
     filtered = filter_rows(dataset, config.data)
     parts = _split_and_audit(filtered, config.split, said)
     said.append(f"split {config.split.kind}: {_describe_parts(parts)}.")
@@ -524,6 +542,8 @@ def _choose_split(dataset: Dataset, data: DataConfig, said: list[str]) -> _Chose
             _say_moments(by_time.parts, said)
             return by_time
         said.append("  The times do not divide the log: they are unused.")
+        # Times that give no order would be trusted by everything that comes after: histories, ages,
+        # drift.
         rows = rows.drop_columns(["timestamp"])
         dataset = dataclasses.replace(dataset, interactions=rows)
     # Without an order a repeated pair could be learned by heart.
@@ -600,6 +620,7 @@ def _split_and_audit(dataset: Dataset, config: SplitConfig, said: list[str]) -> 
 def _held_out_share(wanted: int, num_rows: int) -> float:
     """Returns the share that makes about `wanted` rows, within bounds, in thousandths."""
     share = min(MOST_HELD_OUT, max(LEAST_HELD_OUT, wanted / num_rows))
+    # Rounded, as people read it in the configuration.
     return round(share, 3)
 
 

@@ -88,6 +88,7 @@ def inspect(
     if form.source not in LOGS:
         for name in _changed_form(form.config):
             options[f"data.interactions.{name}"] = getattr(form.config, name)
+    # Read once more, by the form that was found: what is told is what training will read.
     log = fitting.read_log(
         path, items=items or None, users=users or None, columns=columns, config=options
     )
@@ -110,6 +111,7 @@ def write(config: Config, out: Path, path: str) -> None:
     """
     if out.suffix != ".py":
         raise ConfigError(f"--out={out} must end in .py: an experiment is a file of Python.")
+    # Only a file that this wrote, and nobody has made their own, is written over.
     if out.exists() and _WRITTEN not in out.read_text(encoding="utf-8", errors="replace")[:200]:
         raise ConfigError(f"--out={out} is there already: name another file.")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -121,6 +123,7 @@ def write(config: Config, out: Path, path: str) -> None:
 def _read(form: FileForm) -> tuple[pa.Table, FileForm, list[str]]:
     """Returns the rows of a file, its form with the cures that it took, and what was wrong."""
     problems: list[str] = []
+    # One cure at a time: a file that is read further may show the next fault.
     while True:
         try:
             table, _ = read_form(form, "interactions")
@@ -189,7 +192,9 @@ def _configure(log: fitting.Log, form: FileForm, items: str, users: str) -> Conf
         changed = {name: getattr(form.config, name)}
         interactions = dataclasses.replace(interactions, **changed)
     if "timestamp" not in log.tables["interactions"].column_names:
+        # The split was chosen without them, and a configuration that reads them would be refused.
         interactions = _without_times(interactions)
+    # A file that is no table of rows has no columns to be named.
     if form.source in LOGS:
         interactions = form.config
     elif interactions.names:
@@ -236,6 +241,7 @@ def _experiment(config: Config, out: Path, path: str) -> Iterator[str]:
     yield "def get_config():"
     yield "    config = defaults()"
     for option, value in changed_options(config):
+        # An entry a line, as somebody changes one feature at a time.
         if isinstance(value, Mapping) and value:
             yield f"    config.{option} = {{"
             for name, entry in value.items():

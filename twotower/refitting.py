@@ -91,12 +91,15 @@ def begin_refit(source: Path | str, *, on_top: bool) -> Refit:
     if config.split.kind == "none":
         raise ConfigError(f"--workdir={source} was trained on all of its rows already.")
     with open_checkpoints(source, config, read_only=True) as checkpoints:
+        # The best one, not the last: training went on for as long as patience lasts.
         step = find_step(checkpoints, "best", source)
         validated = checkpoints.metrics(step)
     prepared = load_data(source, config, Encoder.load(encoder_folder(source)))
     start = 0
+    # Its steps go on from those of the run before, which saw other rows.
     if on_top and (source / GROWN).exists():
         start = read_json(source / GROWN)["step"]
+    # In passes and not in steps: with more rows as many passes take more steps.
     passes = (step - start) * config.training.batch_size / prepared.num_examples
     dataset = join_parts(prepared)
     refit_config = _without_held_out(config, passes)
@@ -110,6 +113,7 @@ def begin_refit(source: Path | str, *, on_top: bool) -> Refit:
         features = build(FeaturesConfig, prepared.encoder.spec.to_dict(), "config.features")
         refit_config = dataclasses.replace(refit_config, features=features)
     record = {
+        # Relative, so that the run may be moved with the refit in it.
         "of": os.path.relpath(source, folder),
         "step": step,
         "passes": round(passes, 4),
@@ -154,6 +158,7 @@ def _without_held_out(config: Config, passes: float) -> Config:
     split = SplitConfig(kind="none", validation=0.0, test=0.0)
     # All rows are in one table now.
     data = dataclasses.replace(config.data, validation=TableConfig(), test=TableConfig())
+    # The three ways to bound a training exclude each other: only passes are left.
     training = dataclasses.replace(
         config.training, steps=TrainingConfig().steps, steps_for=0, passes=passes
     )
@@ -164,6 +169,7 @@ def _begin_on_top(
     config: Config, source: Path, folder: Path, step: int, passes: float, dataset: Dataset
 ) -> Config:
     """Takes a checkpoint over to all rows, unless that is done, and returns the configuration."""
+    # Begun before: it goes on, and is not taken over from the checkpoint once more.
     if config_path(folder).exists():
         if not (folder / GROWN).exists():
             raise _other_kind(folder)
@@ -172,6 +178,8 @@ def _begin_on_top(
         config,
         source,
         folder,
+        # Ids that only held-out rows have get rows of the tables now, which begin as those of
+        # strangers.
         new_rows="oov",
         checkpoint=str(step),
         dataset=dataset,
@@ -225,6 +233,7 @@ def read_further_rows(
     for name in ("timestamp", "split"):
         if name in log.column_names and name not in known.interactions.column_names:
             log = log.drop_columns([name])
+    # Rows that came later are trained on; a table with a column of splits says so itself.
     if "split" in known.interactions.column_names and "split" not in log.column_names:
         log = log.append_column("split", pa.repeat("train", len(log)))
     new = assemble(log, read.typed.get("user_table"), read.typed.get("item_table"))
@@ -275,6 +284,7 @@ def read_test_rows(prepared: PreparedData, source: TableLike, *, name: str = "")
     except ConfigError as error:
         # Readers name the option of a table of the configuration.
         raise ConfigError(str(error).replace(f"config.data.{TEST}.path=", "--test=")) from None
+    # All of them are test rows, whatever a column says.
     new = assemble(log.drop_columns(["split"]) if "split" in log.column_names else log)
     uses = encoder.spec.uses() | {"log": label_uses(config.objective)}
     new = with_uses(dataclasses.replace(new, contract=encoder.contract), uses)
@@ -307,6 +317,7 @@ def _read_log(
         # A file may have our names although those of the log were others.
         for name in (theirs, ours):
             if name in rows.column_names:
+                # The log's own name first, where the file has both.
                 columns.setdefault(ours, name)
     if not set(KEYS) <= set(columns):
         options = dataclasses.replace(data, interactions=form)
@@ -327,6 +338,7 @@ def _read_log(
                 f"({error})"
             ) from None
         return read.typed["interactions"]
+    # As the times of the log were read, whatever a few rows look like.
     time = contract.time
     options = dataclasses.replace(
         form, columns=columns, timestamp_unit=time.unit, timestamp_format=time.format
@@ -340,6 +352,7 @@ def _read_bigquery(address: str, data: DataConfig) -> pa.Table:
     client = bigquery.make_client(data.project, data.location)
     table = TableConfig(path=address.removeprefix(BIGQUERY))
     rows, _ = bigquery.read_raw(table, "test", client=client)
+    # A query has no order, and the figures of equal rows would differ from one reading to the next.
     return bigquery.sort_rows(rows, ())
 
 
@@ -354,6 +367,7 @@ def _name_of(source: str) -> str:
 def _stack(first: pa.Table, second: pa.Table, name: str) -> pa.Table:
     """Returns the rows of two tables; what one of them lacks is null in its rows."""
     try:
+        # Permissive: an empty column of a small file has no type of its own.
         return pa.concat_tables([first, second], promote_options="permissive")
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         reason = " ".join(map(str, error.args))

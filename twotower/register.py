@@ -91,6 +91,7 @@ def loss(
     """
 
     def add(function: Callable[..., Any]) -> Callable[..., Any]:
+        # A loss is called with its constants as keywords, of which its options are one.
         constants = needs
         if options is not None:
             constants = (*needs, "options")
@@ -103,6 +104,7 @@ def loss(
             constants=constants,
         )
         LOSSES.register(name, kind, options=options)
+        # The function itself, so that it can still be called and tested as it is.
         return function
 
     return _apply(add, function)
@@ -224,6 +226,7 @@ def reranker(name: str, function: Reranker | None = None, *, options: type | Non
 
 def _register(kinds: Kinds[Any], name: str, part: Any, options: type | None) -> Any:
     def add(part: Any) -> Any:
+        # The registry refuses names that are taken, and notes which plugin is being imported.
         kinds.register(name, part, options=options)
         return part
 
@@ -232,6 +235,7 @@ def _register(kinds: Kinds[Any], name: str, part: Any, options: type | None) -> 
 
 def _apply(add: Callable[[Any], Any], part: Any) -> Any:
     """Registers a part, or returns the decorator that does."""
+    # Used as @tt.register.loss("name"), the part comes with the next call.
     if part is None:
         return add
     return add(part)
