@@ -10,7 +10,7 @@ from tests.experiments.commands import error_of, output_of
 from twotower.core.errors import BundleError, ConfigError
 from twotower.integrations.embedding_history import EmbeddingHistory
 from twotower.integrations.mlflow_model import Registration
-from twotower.integrations.mlflow_runs import find_run, folder_of
+from twotower.integrations.mlflow_runs import SHOWN, find_run, folder_of
 from twotower.integrations.mlflow_store import Destination
 from twotower.integrations.tracking import track
 
@@ -91,13 +91,15 @@ def test_a_bundle_that_was_changed_in_the_store_is_refused_and_not_kept(
 
 def test_a_run_is_found_by_name_id_and_as_the_latest(store, client, tracked, cache):
     folder, run_id = tracked
-    # Another library's, and newer: it is none of ours.
-    client.create_run(client.get_experiment_by_name("shop").experiment_id, run_name="other")
+    # Another library's, newer and more than a page: they are none of ours.
+    experiment_id = client.get_experiment_by_name("shop").experiment_id
+    for _ in range(SHOWN + 1):
+        client.create_run(experiment_id, run_name="other")
     for name in ("latest", "a", run_id):
         found = find_run("shop", name)
         assert (found.workdir, found.link.run_name, found.is_here) == (folder, "a", True)
         assert folder_of(found, "run") == folder
-    with pytest.raises(ConfigError, match="has no such run of this library; the latest are: .*a"):
+    with pytest.raises(ConfigError, match="has no such run of this library; the latest are: .*other"):
         find_run("shop", "nobody")
     with pytest.raises(ConfigError, match="has no such experiment; it has: .*shop"):
         find_run("shoe")

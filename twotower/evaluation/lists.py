@@ -115,6 +115,7 @@ class Lists:
         is_filled = rows >= 0
         self._is_relevant[relevant.rows, relevant.values] = True
         hits = self._is_relevant[np.arange(len(rows))[:, None], rows] & is_filled
+        # Only what was set: clearing the whole table would take longer than the look-up.
         self._is_relevant[relevant.rows, relevant.values] = False
         # Without a mask: a list that could not be filled is still K long to these.
         query, rank = np.nonzero(hits)
@@ -136,6 +137,7 @@ class Lists:
         # Coverage is over the same queries as the means.
         counted = np.where(self._is_answerable[block, None], rows, -1)
         start = 0
+        # A sum, so that the order of the items does not matter.
         hashes = np.zeros(len(rows), np.uint64)
         for k in self._ks:
             items = counted[:, start:k]
@@ -209,6 +211,7 @@ class Lists:
         rows = self._queries.seen_row
         is_known = self._is_answerable & (lengths[rows] > 0)
         own = sums[rows[is_known]] / lengths[rows[is_known]]
+        # Users whose items have no training row: no lift over nothing.
         if not own.sum():
             return None
         return float(average_popularity[is_known].mean() / own.mean() - 1)

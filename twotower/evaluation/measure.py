@@ -147,6 +147,7 @@ def measure_run(
         every_query, split, has_item_table=run.prepared.has_catalogue
     )
     masked = _measure_rankings(rankings, queries, ks, further, measured)
+    # Of masked lists alone: runs are compared by these.
     if keep_queries:
         _write_queries(run, queries, masked, measured["protocol"] | {"ks": list(ks)})
     measured["slices"] = measure_slices(parts, queries, masked, ks)
@@ -156,6 +157,7 @@ def measure_run(
             rankings["model"], queries, ks, popularity_weights
         )
     max_rows = max_queries
+    # Training rows are sampled by default, as there are many and nobody reports on them.
     if split == "train":
         max_rows = max_queries or TRAIN_QUERIES
     measured |= _measure_labels(run, whole_model, split, max_rows)
@@ -327,6 +329,7 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
     # An index with the popularity knob has one coordinate more; 0 asks for the plain dot product.
     if index.dim > queries.shape[1]:
         queries = append_coordinate(queries, 0.0)
+    # As many as the truth has: a small corpus has fewer than k.
     _, rows = index.search(queries, truth.shape[1])
     batch_seconds = _median_seconds(lambda: index.search(queries, INDEX_K), repeats=5)
     single_seconds = []

@@ -175,6 +175,7 @@ def ranking_figures(
     Returns:
         "recall@10" -> float64 [B], and so on.
     """
+    # Row by row and rising within a row: the order that hits are asked for in.
     queries, ranks = np.nonzero(hits)
     return hit_figures(queries, ranks, num_relevant, ks)
 
@@ -194,6 +195,7 @@ def hit_figures(
     """
     # Of each hit, the number of hits of its query up to it: they lie together, best first.
     totals = np.bincount(queries, minlength=len(num_relevant))
+    # Number of hits of the queries before.
     before = np.cumsum(totals) - totals
     number = np.arange(1, len(queries) + 1) - before[queries]
     reciprocal = 1.0 / (ranks + 1)
@@ -204,15 +206,18 @@ def hit_figures(
     for k in ks:
         listed = ranks < k
 
+        # `listed` is bound now: a closure would see that of the last length.
         def sums(values: np.ndarray, listed: np.ndarray = listed) -> np.ndarray:
             return np.bincount(queries[listed], values[listed], minlength=len(num_relevant))
 
         found = sums(np.ones(len(ranks)))
         best = np.minimum(num_relevant, k)
         figures[f"recall@{k}"] = _divide(found, num_relevant)
+        # By k and not by the length of a list that could not be filled: see `precision`.
         figures[f"precision@{k}"] = found / k
         figures[f"hit_rate@{k}"] = np.minimum(found, 1.0)
         figures[f"ndcg@{k}"] = _divide(sums(discount), ideal[best])
+        # The first hit of a query alone counts.
         figures[f"mrr@{k}"] = sums(np.where(number == 1, reciprocal, 0.0))
         precisions = sums(number * reciprocal)
         figures[f"map@{k}"] = _divide(precisions, best)
@@ -232,6 +237,7 @@ def means_at(values: np.ndarray, where: np.ndarray, ks: Sequence[int]) -> list[n
     Returns:
         float64 [B] for each length; 0 where no rank counts.
     """
+    # Sums up to each rank once: all lengths are read from them.
     sums = np.cumsum(np.where(where, values, 0.0), axis=1)
     counts = np.cumsum(where, axis=1)
     return [np.asarray(_divide(sums[:, k - 1], counts[:, k - 1])) for k in ks]
@@ -299,6 +305,7 @@ def gini(exposures: Int[Array, " N"]) -> float:
     rising = np.sort(np.asarray(exposures)).astype(np.float64)
     count = len(rising)
     total = rising.sum()
+    # One item has all of it, and nothing listed is as equal as can be.
     if count < 2 or not total:
         return 0.0
     ranks = 2.0 * np.arange(1, count + 1) - count - 1.0
@@ -313,6 +320,7 @@ def is_long_tail(counts: Int[Array, " N"], *, head: float = 0.2) -> np.ndarray:
     """
     order = np.argsort(-np.asarray(counts), kind="stable")
     tail = np.ones(len(order), bool)
+    # By number of items and not of rows: 20 % of the items have most of the rows.
     tail[order[: round(head * len(order))]] = False
     return tail
 
@@ -377,6 +385,7 @@ SYNONYMS = {
 
 def _namespace(array: Array) -> Any:
     """Returns the module whose functions take the array: `jax.numpy`, or else `numpy`."""
+    # The array API's own way, so that neither library is asked what the other's arrays are.
     return array.__array_namespace__()
 
 

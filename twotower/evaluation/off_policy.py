@@ -51,6 +51,7 @@ class Estimate:
     def refusal(self) -> str:
         """Returns the sentences on why the value is not to be trusted; "" where it may be."""
         problems = []
+        # "not >=", which NaN does not pass either.
         if not self.overlap >= MIN_OVERLAP:
             problems.append(
                 f"overlap {self.overlap:.2f} is below {MIN_OVERLAP}: the log could not have shown "
@@ -88,6 +89,7 @@ def snips(
     Raises:
         ConfigError: A probability is none.
     """
+    # Rounding may put a probability a little above 1.
     for name, values, least in (("logged", logged, 1e-12), ("target", target, 0.0)):
         wrong = np.flatnonzero(~((values >= least) & (values <= 1 + 1e-9)))
         if wrong.size:
@@ -98,11 +100,13 @@ def snips(
     weights = target / logged
     total = weights.sum()
     count = len(weights)
+    # The other policy shows nothing that the log has: there is nothing to estimate from.
     if not total:
         return Estimate(np.nan, np.nan, np.nan, 0.0, 0.0, count)
     value = float((weights * rewards).sum() / total)
     # The variance of a ratio (delta method), over lists rather than positions.
     residuals = weights * (rewards - value)
+    # Positions of one list share a user and a moment; summed, lists are independent draws.
     if groups is not None:
         residuals = np.bincount(groups, residuals)
     half = Z_95 * float(np.sqrt((residuals**2).sum()) / total)
@@ -110,6 +114,7 @@ def snips(
         value,
         value - half,
         value + half,
+        # The expected weight is 1 where the log could have shown all that the target shows.
         min(1.0, float(weights.mean())),
         float(total**2 / (weights**2).sum()),
         count,
@@ -131,7 +136,9 @@ def estimate_policies(labelled: pa.Table, bundle: str = "") -> dict[str, Estimat
     logged = labelled["propensity"].to_numpy()
     lists = labelled["recommendation_id"].combine_chunks().dictionary_encode()
     groups = lists.indices.to_numpy()
+    # All weights 1: its value is the plain mean, against which a reader can check the log.
     policies = {"as logged": logged}
+    # The best item with certainty: what the logging policy would show without its exploration.
     policies["without exploration"] = np.asarray(labelled["best"]).astype(np.float64)
     if bundle:
         policies[bundle] = _shown_by(Retriever.load(bundle), labelled)
@@ -143,12 +150,14 @@ def estimate_policies(labelled: pa.Table, bundle: str = "") -> dict[str, Estimat
 
 def _shown_by(retriever: Retriever, labelled: pa.Table) -> np.ndarray:
     """Returns 1 where a bundle would have shown the same item at the same position, else 0."""
+    # Nobody's lists cannot be asked for by id.
     users = pc.unique(labelled["user_id"].drop_null()).to_pylist()
     longest = pc.max(labelled["position"]).as_py()
     lists = retriever.recommend_many(users, longest)
     shown = set(
         zip(lists["user_id"].to_pylist(), lists["rank"].to_pylist(), lists["item_id"].to_pylist())
     )
+    # A null user is in no list, and its positions get 0.
     keys = zip(*(labelled[name].to_pylist() for name in ("user_id", "position", "item_id")))
     return np.array([key in shown for key in keys], np.float64)
 

@@ -184,10 +184,12 @@ def make_queries(
             seen = items_of_users(earlier_rows, num_users=len(prepared.users))
         make = QUERY_KINDS["user"] if targets else make
         return make(rows, item_ids, seen=seen, counts=counts)
+    # Before the sample, which is drawn of the rows that are asked for.
     chosen = _target_rows(rows, targets, prepared.config.split.seed)
     if split == "train":
         chosen = evenly_spaced(chosen, max_queries or TRAIN_QUERIES)
     spans = prepared.rolled_spans(split)
+    # Histories that go on within the split: each row reads what came before it.
     if spans is not None:
         context = {**rows.context, SPANS: spans[positive]}
         rows = dataclasses.replace(rows, context=context)
@@ -210,6 +212,7 @@ def _target_rows(rows: Rows, targets: str, seed: int) -> np.ndarray:
         return np.arange(len(rows))
     order = time_order([rows])
     if targets == "random":
+        # The last of a random order is a random one of each user's rows.
         order = np.random.default_rng(seed).permutation(len(rows))
     target = np.full(int(rows.user.max()) + 1, -1, np.int64)
     # Of a user's rows the last is written last.
@@ -234,6 +237,7 @@ def _seen_before(earlier: Sequence[Rows], rows: Rows, chosen: np.ndarray) -> Rag
     order = time_order(parts)
     user = np.concatenate([part.user for part in parts])[order]
     by_user = stable_argsort(user)
+    # The sort is stable: within a user the order of time stays.
     order = order[by_user]
     user = user[by_user]
     is_later = np.ones(len(order), bool)

@@ -51,6 +51,7 @@ def query_table(
             if name.partition("@")[0] in RANKING_METRICS:
                 is_missing = ~evaluation.is_averaged
                 columns[f"{ranking}/{name}"] = pa.array(values, pa.float64(), mask=is_missing)
+    # In the file itself, as tables of two protocols must not be compared.
     metadata = {PROTOCOL_KEY: json.dumps(protocol).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)
 

@@ -94,6 +94,7 @@ def default_slices(queries: Queries, trained_users: np.ndarray) -> dict[str, Sli
     """
     is_known = np.isin(queries.user, trained_users)
     history = queries.seen.lengths[queries.seen_row]
+    # The bucket before the first that begins above.
     bucket = np.searchsorted(list(HISTORY_BUCKETS), history, side="right") - 1
     temperatures = ("warm", "cold")
     return {
@@ -115,6 +116,7 @@ def popularity_deciles(counts: np.ndarray) -> Slice:
     order = np.sort(-counts)
     first = np.searchsorted(order, -counts, side="left")
     last = np.searchsorted(order, -counts, side="right") - 1
+    # Of the middle of equals: that of the first would move a whole tail of unsold items up.
     middle = (first + last) / 2
     decile = (NUM_DECILES * middle / len(counts)).astype(int)
     names = [f"decile {number}" for number in range(1, NUM_DECILES + 1)]
@@ -148,9 +150,11 @@ def column_slice(prepared: PreparedData, queries: Queries, split: str, name: str
     values = tables[table][column]
     if table == "user":
         values = values.take(pa.array(queries.user))
+    # Queries are numbered by positive rows; the raw part has the others too.
     if table == "row":
         positive = values.filter(pa.array(prepared.is_positive(split)))
         values = positive.take(pa.array(queries.row))
+    # Of text that a feature reads as a list: a genre is a value, "Comedy|Drama" is none.
     separator = list_separators(prepared.encoder.spec).get(column, "")
     return _slice_by_values(values, separator, of_items=table == "item")
 
@@ -174,6 +178,7 @@ def measure_slices(
         its metrics of accuracy; "intervals" of some of them; and of the baseline whose recall at
         the shortest lists is the best of this value, "baseline_name" and "baseline".
     """
+    # As the lists are: right answers that are masked would count as missed.
     unseen = queries.without_seen()
     return {
         name: _measure_slice(part, unseen, evaluations, sorted(ks)) for name, part in slices.items()
@@ -188,11 +193,13 @@ def _measure_slice(
         part = _join_few(part, queries)
     cells = _item_cells if part.of_items else _query_cells
     found = cells(part, queries, evaluations, ks)
+    # Chance and the truth are no systems that anybody could serve instead.
     rivals = [name for name in evaluations if name != "model" and name not in NO_RIVALS]
     best_by = f"recall@{ks[0]}"
     measured: dict[str, Any] = {}
     for number, value in enumerate(part.values):
         rows = np.flatnonzero((found.group == number) & (found.num_relevant > 0))
+        # A value that no query asks for has no mean.
         if not len(rows):
             continue
         means = {
@@ -208,6 +215,7 @@ def _measure_slice(
         measured[value] = {
             "queries": len(rows),
             "model": means["model"],
+            # Users are drawn, not queries: those of one user are not independent.
             "intervals": interval_table(some, users, np.ones(len(rows), bool)),
         }
         if rivals:
@@ -253,6 +261,7 @@ def _item_cells(
         keys, pair = keys_of(hits.query, hits.item)
         # The hits of a cell lie together, best first.
         order = np.argsort(keys, kind="stable")
+        # Every hit is a right answer, so that its cell is among them.
         cell = np.searchsorted(cells, keys[order])
         values[ranking] = hit_figures(cell, hits.rank[pair[order]], num_relevant, ks)
     return _Cells(cells // num_groups, cells % num_groups, num_relevant, values)
@@ -261,10 +270,12 @@ def _item_cells(
 def _join_few(part: Slice, queries: Queries) -> Slice:
     """Joins the values with few queries to one, and puts those of most queries first."""
     pairs = part.groups
+    # A query counts once for a category, however many of its answers are of it.
     if part.of_items:
         of_answers = part.groups.take(queries.relevant.values)
         query = queries.relevant.rows[of_answers.rows]
         pairs = Ragged.from_pairs(query, of_answers.values, num_rows=len(queries)).distinct()
+    # Queries without an answer are averaged in no slice.
     is_counted = queries.num_relevant[pairs.rows] > 0
     counts = np.bincount(pairs.values[is_counted], minlength=len(part.values))
     order = np.argsort(-counts, kind="stable")
@@ -276,6 +287,7 @@ def _join_few(part: Slice, queries: Queries) -> Slice:
     if len(joined) == 1:
         kept = np.append(kept, joined)
         joined = joined[:0]
+    # Values that no query asks for stay -1, and are in no slice.
     numbers = np.full(len(part.values), -1)
     numbers[kept] = np.arange(len(kept))
     names = [part.values[number] for number in kept.tolist()]
@@ -308,6 +320,7 @@ def _slice_by_values(column: pa.ChunkedArray, separator: str, *, of_items: bool)
     """Returns the slice of the values of a column, one for each query or each item."""
     count = len(column)
     is_number = pa.types.is_integer(column.type) or pa.types.is_floating(column.type)
+    # A year or a rating of few values is told apart by its values.
     if is_number and len(pc.unique(column.drop_null())) > MAX_VALUES:
         names, number = _buckets(column.to_numpy())
         return Slice(names, _singles(number), of_items=of_items)
@@ -325,6 +338,7 @@ def _slice_by_values(column: pa.ChunkedArray, separator: str, *, of_items: bool)
     coded = pc.dictionary_encode(texts).combine_chunks()
     names = coded.dictionary.to_pylist()
     number = coded.indices.to_numpy(zero_copy_only=False)
+    # Every query is in some value, or the values would not add up to the whole.
     without = np.setdiff1d(np.arange(count), rows)
     if len(without):
         if MISSING not in names:

@@ -31,6 +31,7 @@ def write_tuning(workdir: Path, tuning: Mapping[str, Any]) -> None:
 def read_tuning(workdir: Path) -> dict[str, Any] | None:
     """Returns what `write_tuning` wrote; None of a run that was chosen from no others."""
     path = workdir / FILE
+    # Most runs: nothing was chosen between.
     if not path.exists():
         return None
     return read_json(path)

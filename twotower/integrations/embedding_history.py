@@ -114,6 +114,7 @@ class EmbeddingHistory:
             raise HistoryError(
                 f"history={folder} must be a folder of this machine (or one mounted into it)."
             )
+        # Sides in one table would replace each other's files.
         names = list(tables.values())
         for side, name in tables.items():
             check_table_name(name, f"the table of {side} vectors")
@@ -151,6 +152,7 @@ class EmbeddingHistory:
         partition = f"run_date={run_date or '*'}"
         paths = (self.folder / self.tables[side]).glob(f"{partition}/run-*.parquet")
         files = [_read_file_info(path) for path in paths]
+        # A glob follows the order of the disk.
         return sorted(files, key=lambda file: (file.version.run_date, file.version.run_id))
 
     def find(self, side: str, name: str) -> VectorFile:
@@ -378,6 +380,7 @@ def _read_file_info(path: Path) -> VectorFile:
 
 def _as_lists(vectors: np.ndarray) -> pa.ListArray:
     """Returns vectors [n, D] as n lists over one flat array, without a loop over rows."""
+    # int32 is enough for a block, as Arrow's lists have it.
     offsets = np.arange(len(vectors) + 1, dtype=np.int32) * vectors.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(vectors.ravel()))
 

@@ -59,6 +59,7 @@ def follow(workdir: Path, destination: Destination | None) -> Iterator[Callable[
     # The thread itself tries again: MLflow would do so for minutes, with a warning each time.
     before = os.environ.get(RETRIES)
     os.environ.setdefault(RETRIES, "0")
+    # Unless the block says otherwise: every error that is none of those below is a failure.
     status = "FAILED"
     try:
         yield live.start
@@ -128,6 +129,7 @@ class LiveTracking:
                 else:
                     pause = AWAY_PERIOD
             self._over.wait(pause)
+        # Outside of the loop: the last lines are written after the last look.
         self._log(self._status)
 
     def _stamp(self) -> tuple[int, int] | None:

@@ -66,10 +66,12 @@ class BundleModel:
         """
         import pandas as pd
 
+        # MLflow gives None where a request has no params.
         options = dict(params or {})
         rows = _read_rows(model_input)
         self._check(model_input, rows)
         are_pairs = ["item_id" in row for row in rows]
+        # No rows at all are an empty table of lists.
         if rows and all(are_pairs):
             return pd.DataFrame({"score": self._scores(rows)})
         if any(are_pairs):
@@ -109,6 +111,7 @@ class BundleModel:
                 user = read_ids([row["user_id"]], retriever.forms.user_id, "user_id")[0]
                 requests_of_user.setdefault(user, []).append(number)
                 continue
+            # One by one: each of them may have a history and features of its own.
             best = retriever.recommend(rows=[row], k=k, exclude_seen=exclude_seen)
             items[number] = [item.item_id for item in best]
             scores[number] = [item.score for item in best]
@@ -116,6 +119,7 @@ class BundleModel:
             table = retriever.recommend_many(list(requests_of_user), k, exclude_seen=exclude_seen)
             columns = [table[name].to_pylist() for name in ("user_id", "item_id", "score")]
             for user, item, score in zip(*columns):
+                # A user who asked twice gets the list twice.
                 for number in requests_of_user[user]:
                     items[number].append(item)
                     scores[number].append(score)
@@ -126,6 +130,7 @@ class BundleModel:
         retriever = self.retriever
         items = retriever.item_vectors([row.pop("item_id") for row in rows])
         users = np.zeros_like(items)
+        # Known users by their stored vectors, all others through the tower.
         is_known = np.array([row.keys() == {"user_id"} for row in rows])
         ids = [row["user_id"] for row in rows if row.keys() == {"user_id"}]
         others = [row for row in rows if row.keys() != {"user_id"}]
@@ -160,6 +165,7 @@ class PairModel:
 
 def _load_pyfunc(path: str) -> BundleModel | PairModel:
     """Loads the model in a folder; MLflow finds this function by its name."""
+    # A bundle has a manifest, and a MatchModel's folder none.
     if (current_version(path) / MANIFEST).exists():
         return BundleModel(Retriever.load(path))
     return PairModel(MatchModel.load(path))
@@ -179,6 +185,7 @@ def save_model(source: str | os.PathLike, path: str | os.PathLike) -> None:
     target = Path(path)
     if target.exists():
         raise ConfigError(f"{target} exists already. Name a new folder.")
+    # First, since MLflow writes into new folders alone.
     write_flavor(Path(source), target)
     shutil.copytree(current_version(source), target, dirs_exist_ok=True)
 
@@ -194,6 +201,7 @@ def write_flavor(source: Path, target: Path) -> None:
     import mlflow.pyfunc
 
     model = _load_pyfunc(str(source))
+    # A MatchModel multiplies by NumPy, of whatever version.
     packages: Mapping[str, str] = {}
     if isinstance(model, BundleModel):
         packages = model.retriever.bundle.manifest["packages"]
@@ -222,6 +230,7 @@ def make_signature(model: BundleModel | PairModel) -> ModelSignature:
     retriever = model.retriever
     types = retriever.bundle.users.schema
     columns = [_column(name, types) for name in retriever.user_rows.columns]
+    # Beside the features of users: with it a request is for scores.
     item = ColSpec(string, "item_id", required=False)
     lists: list[ColSpec | TensorSpec] = [
         ColSpec(Array(string), "items"),
@@ -239,6 +248,7 @@ def _column(name: str, types: pa.Schema) -> ColSpec:
     from mlflow.types import ColSpec, DataType
     from mlflow.types.schema import AnyType
 
+    # Lists of a history, say, and columns of requests that the users' table has not.
     column_type: Any = AnyType()
     if name in types.names:
         stored = types.field(name).type
@@ -257,6 +267,7 @@ def make_example(model: BundleModel | PairModel) -> pd.DataFrame:
     if isinstance(model, PairModel):
         return pd.DataFrame({"user_id": ["somebody"], "item_id": ["something"]})
     users = model.retriever.bundle.users["user_id"][:2].to_pylist()
+    # Nobody is known to a bundle without users, which answers strangers too.
     return pd.DataFrame({"user_id": users or ["somebody"]})
 
 
@@ -271,6 +282,7 @@ def _read_rows(model_input: pd.DataFrame) -> list[dict[str, Any]]:
             # MLflow turns the lists of JSON into arrays.
             if isinstance(value, np.ndarray):
                 value = value.tolist()
+            # `isna` of a list is a list.
             if not (pd.api.types.is_scalar(value) and pd.isna(value)):
                 row[name] = value
         rows.append(row)
@@ -322,9 +334,11 @@ def register(client: MlflowClient, run_id: str, bundle: Path, registration: Regi
     name = registration.name
     manifest = read_json(current_version(bundle) / MANIFEST)
     digest = manifest["sha256"]
+    # Looked for first: MLflow refuses a name that exists.
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
     versions = client.search_model_versions(f"name = '{name}'")
+    # By content: a command that is given twice must not make two versions of one bundle.
     found = [one.version for one in versions if one.tags.get(MANIFEST_TAG) == digest]
     if found:
         version = str(found[0])
@@ -335,6 +349,7 @@ def register(client: MlflowClient, run_id: str, bundle: Path, registration: Regi
         source = f"{client.get_run(run_id).info.artifact_uri}/{path}"
         tags = {MANIFEST_TAG: digest, VERSION_TAG: manifest["model_version"]}
         version = str(client.create_model_version(name, source, run_id, tags=tags).version)
+    # For a version that was there already too: that is how one goes back.
     if registration.alias:
         client.set_registered_model_alias(name, registration.alias, version)
     return version

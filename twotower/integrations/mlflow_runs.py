@@ -84,15 +84,14 @@ def find_run(experiment: str, run: str = "latest", *, uri: str = "") -> TrackedR
         runs = client.search_runs(
             [found.experiment_id],
             _filter_of(run),
-            max_results=SHOWN,
+            max_results=1,
             order_by=["attributes.start_time DESC"],
         )
-        # Others than this library's may be in the experiment.
-        ours = [one for one in runs if WORKDIR_TAG in one.data.tags]
-        if not ours:
+        if not runs:
             raise _no_run(client, found.experiment_id, experiment, run)
-        best = ours[0]
+        best = runs[0]
     name = best.info.run_name or best.info.run_id
+    # Without the password: the link is written into a file of the run.
     link = Link(
         uri=hide_password(address), experiment=experiment, run_name=name, run_id=best.info.run_id
     )
@@ -101,14 +100,17 @@ def find_run(experiment: str, run: str = "latest", *, uri: str = "") -> TrackedR
 
 def _filter_of(run: str) -> str:
     """Returns the condition that a name, an id or "latest" stands for, in MLflow's language."""
+    # By the store and not here: any number of runs of others may be newer than ours.
+    is_ours = f"tags.`{WORKDIR_TAG}` LIKE '%'"
     if run == "latest":
-        return ""
+        return is_ours
     if re.fullmatch(r"[0-9a-f]{32}", run):
-        return f"attributes.run_id = '{run}'"
+        return f"{is_ours} and attributes.run_id = '{run}'"
     quote = "'"
+    # Its language has no way to write a quote within quotes of the same kind.
     if quote in run:
         quote = '"'
-    return f"attributes.run_name = {quote}{run}{quote}"
+    return f"{is_ours} and attributes.run_name = {quote}{run}{quote}"
 
 
 def _no_run(client: MlflowClient, experiment_id: str, experiment: str, run: str) -> ConfigError:
@@ -135,6 +137,7 @@ def folder_of(found: TrackedRun, need: Literal["run", "bundle"], *, uri: str = "
         BundleError: The bundle was changed after it was written.
     """
     name = f"run {found.link.run_name!r} of the experiment {found.link.experiment!r}"
+    # A run on this machine may have exported its bundle to MLflow and not have kept it.
     has_bundle = (found.workdir / BUNDLE).exists()
     if found.is_here and (need == "run" or has_bundle):
         return found.workdir
@@ -146,6 +149,7 @@ def folder_of(found: TrackedRun, need: Literal["run", "bundle"], *, uri: str = "
         )
     run_id = found.link.run_id
     with open_store(resolve_uri(uri)) as client:
+        # Asked first, for an error that says how a bundle is made.
         logged = {file.path for file in client.list_artifacts(run_id, BUNDLE)}
         if f"{BUNDLE}/{MANIFEST}" not in logged:
             line = command("export", f"--workdir={found.workdir}")
@@ -174,6 +178,7 @@ def fetch_bundle(address: str, *, uri: str = "") -> Path:
         BundleError: The bundle was changed after it was written.
     """
     resolved = resolve_uri(uri)
+    # Read here and not by MLflow, whose errors do not say which forms there are.
     of_run = re.fullmatch(r"runs:/([^/]+)/(.+)", address)
     of_model = re.fullmatch(r"models:/([^/@]+)(?:/(\d+|latest)|@([^/]+))", address)
     with open_store(resolved, f"Is {address} the right address?") as client:
@@ -209,6 +214,7 @@ def _version(client: MlflowClient, name: str, number: str | None, alias: str | N
     versions = client.search_model_versions(f"name = '{name}'")
     if not versions:
         raise ConfigError(f"models:/{name}/latest: MLflow has no version of {name!r}.")
+    # As numbers: as text 9 is the last of ten.
     return str(max(int(one.version) for one in versions))
 
 
@@ -221,6 +227,7 @@ def _cached(download: Download, root: str) -> Path:
     """
     cache = _cache_folder()
     cache.mkdir(parents=True, exist_ok=True)
+    # In the cache, for a rename works within one file system alone.
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         first = Path(temporary) / "first"
         first.mkdir()
@@ -233,11 +240,13 @@ def _cached(download: Download, root: str) -> Path:
         whole = Path(temporary) / "whole"
         whole.mkdir()
         bundle = download(root, whole)
+        # Before it lies in the cache, which is believed from then on.
         _check(bundle, digest)
         made = Path(temporary) / "run"
         made.mkdir()
         for name in BESIDE:
             if (bundle / name).exists():
+                # Commands read these from the folder of a run, not from its bundle.
                 shutil.copy(bundle / name, made / name)
         shutil.move(bundle, made / BUNDLE)
         try:

@@ -103,6 +103,7 @@ def append_results(
     """
     check_table_name(table, "the table of results")
     link = read_link(run.workdir)
+    # The hash of the report stands for the data: runs of other rows cannot be compared.
     report = run.workdir / "data" / "report.json"
     whole = {
         "experiment_id": link.experiment if link else "",
@@ -116,9 +117,11 @@ def append_results(
     for row in figure_rows(measured):
         is_tuned = row["system"] == MODEL
         rows.append(whole | row | {"tried": tried if is_tuned else None})
+    # By way of JSON, in which NumPy's numbers and Python's are written alike.
     digest = content_digest({"rows": json.loads(json.dumps(rows))})[:32]
     folder = Path(history) / table
     name = f"evaluation-{digest}.parquet"
+    # On any date: an evaluation that is repeated a week later is no second one.
     for path in folder.glob(f"run_date=*/{name}"):
         return path, False
     path = folder / f"run_date={run_date.isoformat()}" / name
@@ -153,6 +156,7 @@ def load_results(
     """
     check_dataset(dataset)
     folder = Path(history) / table / f"run_date={run_date.isoformat()}"
+    # The whole date, as a partition is replaced whole.
     files = sorted(folder.glob("evaluation-*.parquet"))
     if not files:
         raise HistoryError(f"{folder} holds no evaluations; evaluate with --history first.")
@@ -184,16 +188,16 @@ def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
         "slice_value": "",
     }
     common["queries"] = protocol.get("asked")
+    # The main figures are those with seen items masked.
     for suffix in SUFFIXES:
         seen = common | {"mask_seen": not suffix}
         intervals = measured.get(f"model_intervals{suffix}", {})
         yield from _rows(seen | {"system": MODEL}, measured.get(f"model{suffix}", {}), intervals)
         for name, figures in measured.get(f"baselines{suffix}", {}).items():
+            # Intervals are measured of the model alone.
             yield from _rows(seen | {"system": name}, figures, {})
     for name, values in measured.get("slices", {}).items():
         for value, part in values.items():
-            if not isinstance(part, Mapping):
-                continue
             sliced = {"slice": name, "slice_value": str(value), "queries": part.get("queries")}
             row = common | sliced | {"mask_seen": True, "system": MODEL}
             yield from _rows(row, part.get("model", {}), part.get("intervals", {}))
@@ -209,6 +213,7 @@ def _rows(
             continue
         metric, _, k = name.partition("@")
         low, high = intervals.get(name) or (None, None)
+        # "coverage" of lists has a length, "auc" has none.
         length = int(k) if k.isdigit() else None
         figure = {"metric": metric, "k": length, "value": float(value), "low": low, "high": high}
         yield {**row, **figure}
@@ -216,4 +221,5 @@ def _rows(
 
 def _version_of(run: Run) -> str:
     """Returns the hash of the weights, as in the manifest of their bundle."""
+    # Computed anew: a run that was measured need not have been exported.
     return model_version(jax.tree.map(np.asarray, embedding_weights(run.weights)))
