@@ -99,7 +99,9 @@ def test_a_run_is_found_by_name_id_and_as_the_latest(store, client, tracked, cac
         found = find_run("shop", name)
         assert (found.workdir, found.link.run_name, found.is_here) == (folder, "a", True)
         assert folder_of(found, "run") == folder
-    with pytest.raises(ConfigError, match="has no such run of this library; the latest are: .*other"):
+    with pytest.raises(
+        ConfigError, match="has no such run of this library; the latest are: .*other"
+    ):
         find_run("shop", "nobody")
     with pytest.raises(ConfigError, match="has no such experiment; it has: .*shop"):
         find_run("shoe")

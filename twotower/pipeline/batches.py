@@ -60,6 +60,7 @@ class Rows:
 
     def take(self, index: np.ndarray) -> Rows:
         """Returns some of the rows, by position or by mask."""
+        # A tree with None for missing times, which `map` leaves out.
         arrays = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
         return Rows(*jax.tree.map(lambda x: x[index], arrays))
 
@@ -178,6 +179,8 @@ class InteractionExamples:
         # Six standard deviations: hardly any batch of a training holds more.
         enough = size * lengths.mean() + 6 * np.sqrt(size) * lengths.std()
         places = round_up(int(enough) + 1, SPAN_MULTIPLE)
+        # Below half of the windows: what spans save must outweigh what it takes to tell their rows
+        # apart.
         return places if 2 * places <= size * self._history_length else 0
 
     def span_lengths(self, index: np.ndarray) -> np.ndarray:
@@ -237,6 +240,7 @@ def windows(
     slot = np.arange(length, dtype=np.int32)[None]
     rows = spans[:, :1] + slot
     valid = rows < spans[:, 1:2]
+    # Slots after the end read event 0, and become 0.
     arrays = read_events(events, reads, rows * valid, valid, first=slot == 0)
     if HISTORY_TIME_TO_NEXT in arrays:
         # After the latest event comes the request, of which the span itself knows.
@@ -293,6 +297,7 @@ def read_events(
     arrays = {name: values[rows] * valid for name, values in events.items()}
     if HISTORY_TIME_SINCE_PREVIOUS in arrays:
         arrays[HISTORY_TIME_SINCE_PREVIOUS] = arrays[HISTORY_TIME_SINCE_PREVIOUS] * ~first
+    # Features of an item are read by its id, and not kept once more with each event.
     ids = arrays[id_array(arrays)]
     return arrays | {name: values[ids] for name, values in reads.items()}
 
@@ -363,6 +368,7 @@ class Batches:
             parts: Number of equal parts that the batch is divided into.
         """
         assert isinstance(self._examples, InteractionExamples), "sequences are not spans"
+        # The greatest part: all devices run one program of one shape.
         lengths = self._examples.span_lengths(indices)
         return int(lengths.reshape(parts, -1).sum(axis=1).max())
 

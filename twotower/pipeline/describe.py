@@ -81,6 +81,7 @@ def check_times(config: Config, spec: FeatureSpec, rows: pa.Table) -> None:
     Raises:
         ConfigError: The split is by time and the rows have none.
     """
+    # The split itself would refuse next, but names neither the features nor all options at once.
     if config.split.kind != "time" or has_timestamps(rows):
         return
     readers = []
@@ -123,8 +124,10 @@ def describe_data(
     held_out = {}
     for part in (1, 2):
         positive = _positives(config, numbers.tables[part])
+        # A part without a positive row asks for nothing; evaluation says so when it is measured.
         if positive.any():
             held_out[PARTS[part]] = numbers.held_out(part, positive, config.evaluation.query)
+    # Before the refusal, which gives them as its reasons.
     of_ids = list(_describe_ids(rows, numbers))
     _check_answers(config, held_out, dataset.has_catalogue, of_ids)
     warnings = [
@@ -181,6 +184,7 @@ class _Numbers:
         ids = pa.chunked_array(
             [chunk for column in outside for chunk in column.chunks], pa.string()
         )
+        # Over all parts: one item that two parts hold out is one item.
         distinct = pc.unique(ids)
         self._items = []
         for item, column in zip(items, outside):
@@ -196,6 +200,7 @@ class _Numbers:
         self._range = corpus + len(distinct)
         rows_of_users = [np.bincount(user, minlength=len(dataset.users)) for user in users]
         rows_of_items = [np.bincount(item, minlength=self._range) for item in self._items]
+        # Of training alone, by which users and items are new.
         self._rows_of_user = rows_of_users[0]
         self._rows_of_item = rows_of_items[0]
         self.num_users = int(np.count_nonzero(sum(rows_of_users)))
@@ -219,11 +224,13 @@ class _Numbers:
             query_of_answer = pairs // self._range
             is_found = pairs % self._range < self._corpus
         else:
+            # Each row is a query of its own.
             query_of_answer = np.arange(len(users))
             is_found = ~is_outside
         answers = np.bincount(query_of_answer)
         found = np.bincount(query_of_answer, weights=is_found)
         has_answers = answers > 0
+        # Numbers of users have gaps: not everybody is held out.
         recall = found[has_answers] / answers[has_answers]
         return HeldOut(
             rows=len(users),
@@ -235,6 +242,7 @@ class _Numbers:
 
     def count_repeats(self) -> int:
         """Returns the number of rows whose user and item another row before them has."""
+        # One array for all rows, filled in place: the log is the largest thing in memory here.
         pairs = np.empty(sum(map(len, self._users)), np.int64)
         start = 0
         for user, item in zip(self._users, self._items):
@@ -316,6 +324,7 @@ def _describe_ids(rows: pa.Table, numbers: _Numbers) -> Iterator[str]:
         "item": "no two users share an item, so that nothing is learned of one by the other",
     }
     for side, count in counts.items():
+        # An id of nearly every row is mostly the wrong column.
         if count >= NEARLY_ALL * len(rows):
             yield (
                 f"{len(rows):,} rows have {count:,} different {side}s: {meanings[side]}. If "
@@ -327,6 +336,7 @@ def _describe_ids(rows: pa.Table, numbers: _Numbers) -> Iterator[str]:
 def _describe_features(spec: FeatureSpec, dataset: Dataset, train: pa.Table) -> Iterator[str]:
     """Yields sentences on features that tell nothing apart."""
     for feature in spec:
+        # It reads events and no column of a table.
         if feature is spec.history:
             continue
         for name in feature.columns_read:
@@ -336,6 +346,7 @@ def _describe_features(spec: FeatureSpec, dataset: Dataset, train: pa.Table) -> 
             field = f"config.features.{feature.side}.{feature.name}"
             if column.null_count == len(column):
                 yield f"{field}: the column {name!r} has no value in any row. Leave it out."
+            # Lists do not compare, and one list for all is rarer than a constant.
             elif not is_list(column.type) and _is_constant(column):
                 yield (
                     f"{field}: the column {name!r} is {column[0].as_py()!r} in all "
@@ -377,6 +388,7 @@ def _describe_separator(
 ) -> Iterator[str]:
     if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
         return
+    # One list is enough: most items may have a single member.
     if pc.any(pc.match_substring(column, separator)).as_py():
         return
     example = column.drop_null()[0].as_py()
@@ -394,6 +406,7 @@ def _describe_separator(
 def _describe_values(config: Config, spec: FeatureSpec, rows: pa.Table) -> Iterator[str]:
     """Yields sentences on what columns of the log with a name of ours do, or do not do."""
     objective = config.objective
+    # All that reads a column of the log by its name, or a condition on it.
     used = {condition[0] for condition in config.data.where}
     used |= {objective.label, *(head.label for head in objective.heads.values())}
     used |= {name for feature in spec.user.values() for name in feature.columns_read}
@@ -419,6 +432,7 @@ def _describe_values(config: Config, spec: FeatureSpec, rows: pa.Table) -> Itera
 
 def _describe_weights(column: pa.ChunkedArray) -> str:
     weights = np.sort(pc.fill_null(column, 1.0).to_numpy())
+    # A few rows with most of the weight are mostly a mistake of units, and train like so few rows.
     heaviest = weights[len(weights) - max(len(weights) // 100, 1) :]
     share = float(heaviest.sum() / max(weights.sum(), 1e-30))
     line = "The column 'weight' multiplies the loss of each row"

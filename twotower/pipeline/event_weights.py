@@ -28,6 +28,7 @@ def with_event_weights(spec: FeatureSpec, config: Config) -> FeatureSpec:
     weights = config.data.weight_by_event()
     if history is None or history.weights or not weights:
         return spec
+    # Weights would be read, and kept in each batch, for nothing.
     if config.model.history.kind in _UNWEIGHTED_HISTORIES:
         return spec
     weighted = dataclasses.replace(history, weights=weights)
@@ -59,6 +60,7 @@ def check_event_weights(rows: pa.Table, data: DataConfig) -> list[str]:
     count_by_kind = dict(zip(kinds, counts.field("counts").to_pylist()))
     warnings = []
     known = [kind for kind in count_by_kind if kind is not None]
+    # Kinds are compared as the weights will be looked up.
     folded = {kind.lower() for kind in known if data.fold_events}
     for name in data.event_weights:
         if name not in known and name.lower() not in folded:
@@ -69,6 +71,7 @@ def check_event_weights(rows: pa.Table, data: DataConfig) -> list[str]:
         return warnings
     share = sum(others.values()) / len(rows)
     listed = _list_kinds(others, len(rows))
+    # Where most rows have no weight, names are more likely misspelt than left out.
     if share > 0.5:
         raise ConfigError(
             f"{field}={dict(data.event_weights)} leaves {share:.1%} of the rows without a weight: "
@@ -104,9 +107,11 @@ def read_weights(rows: pa.Table, event_weights: Mapping[str, float]) -> np.ndarr
     """
     weights = np.ones(len(rows), np.float32)
     if "weight" in rows.column_names:
+        # A row without a weight counts like any row of a log that has no weights.
         filled = pc.fill_null(rows["weight"], 1.0)
         weights = filled.to_numpy().astype(np.float32)
         is_good = np.isfinite(weights) & (weights >= 0)
+        # Tables were checked as they were read; a log in memory was not.
         bad_rows = np.flatnonzero(~is_good)
         if bad_rows.size:
             row = bad_rows[0]

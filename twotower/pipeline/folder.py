@@ -73,6 +73,7 @@ def save(prepared: PreparedData, folder: Path) -> None:
         with atomic(folder / entry["file"]) as temporary:
             with temporary.open("wb") as opened:
                 np.save(opened, array, allow_pickle=False)
+    # Before the manifest, which says that all is there.
     if prepared.report is not None:
         prepared.report.save(folder)
     rows = {part: len(getattr(prepared, part)) for part in PARTS}
@@ -134,6 +135,7 @@ def finish(
     files += [entry["file"] for entry in arrays]
     content = {
         "made_from": _made_from(config, encoder),
+        # By the hash of the training rows: data and encoder of two runs look alike.
         "fitted_on": encoder.fitted_on,
         "has_catalogue": has_catalogue,
         "rows": rows,
@@ -174,6 +176,7 @@ def load(folder: Path, config: Config, encoder: Encoder) -> PreparedData:
     for entry in manifest["arrays"]:
         _put(tree, entry["path"], _map_array(folder / entry["file"], entry))
     histories = _load_histories(tree.get("histories"), encoder)
+    # Missing where the parts follow each other in the file.
     positions = tree.get("file_positions")
     if positions is not None:
         positions = tuple(positions[part] for part in PARTS)
@@ -193,6 +196,8 @@ def load(folder: Path, config: Config, encoder: Encoder) -> PreparedData:
         truth=truth,
         raw=Split(*(tables[part] for part in PARTS), file_positions=positions),
         histories=histories,
+        # Made anew: it depends on the seed and on options of training, which runs of one folder
+        # differ in.
         packing=pack_sequences(config, histories),
         has_catalogue=manifest["has_catalogue"],
         report=DataReport.load(folder),
@@ -206,6 +211,7 @@ def is_whole(folder: Path) -> bool:
 
 def forget(folder: Path) -> None:
     """Makes prepared data count as unfinished, so that it is written again."""
+    # The manifest alone: arrays that another process has mapped stay readable.
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
@@ -222,12 +228,14 @@ def share(folder: Path, shared: Path) -> None:
     sha256 = _read_manifest(shared)["sha256"]
     if is_whole(folder):
         before = _read_manifest(folder)
+        # A run that goes on must go on with its data, wherever that was moved to.
         if before.get("shared_sha256", before["sha256"]) != sha256:
             raise FolderError(
                 f"{shared} is not the prepared data that the run in {folder.parent} was begun "
                 "with: leave out --data, or train in a new folder."
             )
     try:
+        # Relative, so that both folders can be moved together.
         path = os.path.relpath(shared.resolve(), folder.resolve())
     except ValueError:  # on another drive
         path = str(shared.resolve())
@@ -247,6 +255,7 @@ def resolve(folder: Path) -> Path:
     cure = f"Put it back, or name its new place: train ... --data=FOLDER (see {folder / MANIFEST})."
     if not is_whole(shared):
         raise FolderError(f"{shared}, the prepared data that the run shares, is missing. {cure}")
+    # The same place may hold other data by now, which the encoder does not know.
     if _read_manifest(shared)["sha256"] != manifest["shared_sha256"]:
         raise FolderError(
             f"{shared}, the prepared data that the run shares, was written again since. {cure}"
@@ -290,6 +299,7 @@ def digest_of(config: Config) -> str:
 def load_encoder(folder: Path) -> Encoder:
     """Returns the encoder of prepared data: in its folder, or beside it in that of its run."""
     folder = resolve(folder)
+    # A folder that runs share belongs to none of them, and has an encoder of its own.
     own = folder / "encoder"
     if not own.is_dir():
         own = folder.parent / "encoder"
@@ -298,6 +308,7 @@ def load_encoder(folder: Path) -> Encoder:
 
 def _made_from(config: Config, encoder: Encoder | None) -> dict[str, Any]:
     """Returns all of a configuration that decides the arrays, as JSON."""
+    # The weights of events are part of the arrays of a history.
     if encoder is None:
         spec = with_event_weights(load_spec(config.features), config)
     else:
@@ -306,6 +317,7 @@ def _made_from(config: Config, encoder: Encoder | None) -> dict[str, Any]:
         "data": dataclasses.asdict(config.data),
         "split": dataclasses.asdict(config.split),
         "features": spec.to_dict(),
+        # Labels alone of all that the objective says: they are read from the rows.
         "labels": sorted(label_columns(config.objective)),
     }
 
@@ -432,6 +444,7 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _map_table(path: Path) -> pa.Table:
+    # Mapped: columns that nothing reads never take memory.
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
@@ -468,6 +481,7 @@ def _check_files(folder: Path, sizes: Mapping[str, int]) -> None:
 
 def _write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
     manifest = {"format": FORMAT, "version": VERSION, **content}
+    # Of itself, so that a manifest that was edited by hand is told apart.
     manifest["sha256"] = content_digest(manifest)
     with atomic(folder / MANIFEST) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")

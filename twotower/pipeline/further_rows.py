@@ -53,14 +53,17 @@ def with_test_rows(
     labels = label_columns(prepared.config.objective)
     for column, field in labels.items():
         check_fields({column: field}, rows.column_names, f"{field}={column!r}: {source}")
+        # Labels are what is measured: a column without them would measure nothing in silence.
         check_label_values(rows, column, field)
     rows = _with_times(rows, prepared, said)
     read = _columns_read(encoder)
     missing = [column for column in read if column not in rows.column_names]
     if missing:
+        # A feature that misses its column is measured as it would be served, and said.
         said.append(f"It lacks columns that features read: {', '.join(missing)} count as missing.")
     needed = {*KEYS, "timestamp", "event", "weight", *labels, *read}
     rows = encode_columns(_like(rows, prepared.raw.train, needed, source, said), KEYS)
+    # Behind the known ones, so that rows of the users table keep their numbers.
     users = _with_new_users(prepared.users, rows["user_id"])
     user = positions(rows["user_id"], users["user_id"])
     item = positions(rows["item_id"], prepared.items["item_id"])
@@ -68,6 +71,7 @@ def with_test_rows(
     _say_known(test, prepared, said)
     raw = _with_test(prepared.raw, rows)
     parts = (prepared.train, prepared.validation, test)
+    # Built anew over all parts: the test rows' past is the log, and not the test rows of the log.
     histories = build_row_histories(encoder, raw, parts, len(users))
     if histories is not None:
         spans = histories.spans
@@ -101,6 +105,7 @@ def _with_times(rows: pa.Table, prepared: PreparedData, said: list[str]) -> pa.T
     """Returns the rows with times where the log has some, and without where it has none."""
     times = prepared.train.timestamp
     has_times = "timestamp" in rows.column_names and rows["timestamp"].null_count < len(rows)
+    # Rows with times beside rows without have no common order.
     if times is None:
         if not has_times:
             return rows
@@ -113,6 +118,7 @@ def _with_times(rows: pa.Table, prepared: PreparedData, said: list[str]) -> pa.T
             rows = rows.filter(pc.is_valid(rows["timestamp"]))
         return rows
     known = [part.timestamp for part in (prepared.train, prepared.validation) if len(part)]
+    # One second after everything: all of the log is then their past.
     later = max(int(part.max()) for part in known if part is not None) + 1
     said.append(
         f"It has no times: its rows are taken to follow all rows of training and validation, at "
@@ -126,6 +132,7 @@ def _with_times(rows: pa.Table, prepared: PreparedData, said: list[str]) -> pa.T
 def _columns_read(encoder: Encoder) -> list[str]:
     """Returns the columns of a row that features read."""
     columns: dict[str, None] = {}
+    # Features of users and items come from their tables, and histories from the events.
     for name in encoder.context:
         columns |= dict.fromkeys(encoder.spec.user[name].columns_read)
     return list(columns)
@@ -146,6 +153,7 @@ def _like(
     columns = {}
     for field in log.schema:
         kind = field.type
+        # The codes of the log's ids; further rows get codes of their own.
         if pa.types.is_dictionary(kind):
             kind = kind.value_type
         if field.name not in rows.column_names:
@@ -155,6 +163,7 @@ def _like(
         try:
             columns[field.name] = values.cast(kind)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            # Nothing reads it: a log may bring any columns, and a further file others.
             if field.name not in needed:
                 said.append(
                     f"Its column {field.name!r} is of another type than the log's: left out."
@@ -186,6 +195,7 @@ def _with_new_features(prepared: PreparedData, users: pa.Table) -> Features:
     if not len(new):
         return prepared.features
     encoder = prepared.encoder
+    # The new ones alone: a hundred users are not worth encoding a million again.
     encoded = encoder.encode("user", new, columns_of_users(encoder))
     by_name = {}
     for name, values in prepared.features["user"].items():
@@ -196,6 +206,7 @@ def _with_new_features(prepared: PreparedData, users: pa.Table) -> Features:
 def _with_test(raw: Split, rows: pa.Table) -> Split:
     """Returns the parts of a log with other test rows, which follow all others."""
     places = raw.file_positions
+    # After all others in the file too, which is the order of rows of one time.
     if places is not None:
         last = max(int(part.max(initial=-1)) for part in places[:2])
         places = (*places[:2], last + 1 + np.arange(len(rows)))
@@ -208,6 +219,7 @@ def _say_known(test: Rows, prepared: PreparedData, said: list[str]) -> None:
     total = len(test)
     keys = pair_keys(test.user, test.item)
     trained = pair_keys(train.user, train.item)
+    # -1 stands for many items, which are not one another.
     is_known = np.isin(keys, trained) & (test.item >= 0)
     words = "user and item"
     if test.timestamp is not None and train.timestamp is not None:
@@ -215,6 +227,7 @@ def _say_known(test: Rows, prepared: PreparedData, said: list[str]) -> None:
         # Of the pairs that are in both alone: the log may have many more.
         is_shared = np.isin(trained, keys[is_known])
         moments = set(zip(trained[is_shared].tolist(), train.timestamp[is_shared].tolist()))
+        # Few by now: rows whose pair training has.
         for row in np.flatnonzero(is_known):
             is_known[row] = (int(keys[row]), int(test.timestamp[row])) in moments
         end = int(train.timestamp.max())

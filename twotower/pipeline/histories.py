@@ -98,6 +98,8 @@ class Histories:
         """
         users = np.asarray(users)
         offsets = self.offsets["now"]
+        # The end of the log is now: by the clock every user would have been away for as long as the
+        # log is old.
         if request_times is None:
             request_times = self.times.max(initial=0)
         return _spans(self.feature, offsets[users], offsets[users + 1], self.times, request_times)
@@ -117,6 +119,7 @@ class Histories:
         number = PARTS.index(part)
         level = _LEVEL_WITH[part]
         order = self.orders[level]
+        # Rows of the parts before, which come first in the joined arrays.
         known = [len(users[other]) for other in range(number)]
         first = sum(known)
         user = np.concatenate(users)[order]
@@ -155,6 +158,7 @@ class Histories:
         """
         log = pa.concat_tables([raw.train, raw.validation, raw.test], promote_options="default")
         lengths = spans[:, 1] - spans[:, 0]
+        # An empty span tells nothing of its level.
         starts = spans[lengths > 0, 0]
         level = "train"
         # The events of a level follow those of the level before.
@@ -174,6 +178,7 @@ class Histories:
         for name in fields:
             taken = plain_text(log[name].take(rows))
             columns.append(join_chunks(taken))
+        # A bare list of ids where nothing else is read, as requests bring it.
         values = columns[0]
         if len(columns) > 1:
             values = pa.StructArray.from_arrays(columns, fields)
@@ -207,6 +212,8 @@ def build_histories(
     orders: dict[str, np.ndarray] = {}
     times_of_levels: list[np.ndarray] = []
     start = 0
+    # Three levels, each sorted by user: a span must be one piece whatever it may know of. Rows of
+    # training lie in all of them, which costs memory and saves a mask at every read.
     for name in ("train", "test", "now"):
         is_known = rows.are_known_to(name)
         if rows.time is not None:
@@ -217,8 +224,10 @@ def build_histories(
         offsets[name] = start + bounds
         start += len(orders[name])
     events = {}
+    # Taken out one by one, so that a column is freed before the next one is joined.
     for array in [*rows.columns]:
         events[array] = _join_levels(rows.columns.pop(array), rows, orders)
+    # Per level: the event before is another one where more events are known.
     blocks = [_time_arrays(feature, known) for known in times_of_levels]
     for array in blocks[0] if blocks else ():
         events[array] = np.concatenate([block[array] for block in blocks])
@@ -312,6 +321,7 @@ def _rows_by_user(
     if time is not None:
         time = time[order]
         is_same[1:] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
+    # Eight bytes an event that nothing would read.
     if not _keeps_times(feature):
         time = None
     return _RowsByUser(order, part, user, is_same, time, columns)
@@ -320,6 +330,7 @@ def _rows_by_user(
 def _order(user: np.ndarray, time: np.ndarray | None, raw: Split) -> np.ndarray:
     """Returns the joined rows by user, then in time, then as the file has them, int32 [N]."""
     order = None
+    # The last key is the first to sort by: each sort is stable.
     for keys in (raw.joined_file_positions(), time, user):
         if keys is None:
             continue
@@ -376,6 +387,7 @@ def _join_times(
 ) -> np.ndarray | None:
     """Returns the times of all parts, or None where a part that has rows has no times."""
     for part_users, part_times in zip(users, times):
+        # An empty part has no times, and takes none from the others.
         if len(part_users) and part_times is None:
             return None
     return np.concatenate([part_times for part_times in times if part_times is not None])
@@ -412,6 +424,7 @@ def _spans(
         times: Times [M] of the events in seconds; empty without.
         request_times: One number or [N], the time of the request after each history.
     """
+    # The latest events of a long history.
     columns = [np.maximum(begin, end - feature.max_length), end]
     if feature.request_gap:
         # The NaN stands for the last event of nobody, where there is no event at all.

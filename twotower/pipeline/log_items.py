@@ -29,6 +29,7 @@ def with_items_of_log(dataset: Dataset, parts: Split, wanted: Collection[str]) -
         wanted: Columns that something reads, kept though they differ within items.
     """
     rows = dataset.log_items
+    # Without positions nothing tells which rows of the file are training's.
     if rows is None or parts.file_positions is None:
         return dataset
     positions = dataset.log_positions[parts.file_positions[0]]
@@ -80,6 +81,7 @@ def items_of_rows(
         order = np.argsort(times, kind="stable")
     # Of the values of a key the first is taken: the latest, backwards.
     latest = collapse(rows.select(kept).take(pa.array(order[::-1])), "item_id")
+    # The order of first appearance, which taking the latest rows first has turned around.
     ids = pc.unique(rows["item_id"])
     return latest.take(pc.index_in(ids, value_set=latest["item_id"])), varying
 
@@ -116,6 +118,7 @@ def _share_varying(item: np.ndarray, column: pa.ChunkedArray) -> float:
     """Returns the share of the items with several rows in which a column has several values."""
     if is_list(column.type) or pa.types.is_nested(column.type):
         return 0.0
+    # A gap is no other value: it is filled from another row of the item.
     is_valid = np.asarray(pc.is_valid(column))
     item = item[is_valid]
     rows_of_item = np.bincount(item)

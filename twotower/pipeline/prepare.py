@@ -132,6 +132,7 @@ class PreparedData:
         if self.packing is None or self.histories is None:
             return None
         rates = np.zeros(len(self.train))
+        # From the order of events, by user, to the order of the rows.
         rates[self.histories.orders["train"]] = self.packing.target_rates(len(self.train))
         return rates
 
@@ -224,6 +225,7 @@ def read_parts(
     """
     spec = spec or load_spec(config.features)
     uses = spec.uses() | {"log": label_uses(config.objective)}
+    # A log in memory has our names and types already.
     if dataset is not None:
         dataset = with_uses(dataset, uses)
     else:
@@ -236,6 +238,7 @@ def read_parts(
     dataset = filter_rows(dataset, config.data, separators=list_separators(spec))
     time_form = dataset.contract.time
     check_time_range(dataset.interactions, time_form, config.data.accept, now=time.time())
+    # Before the split, whose own message does not name the features that read the time.
     check_times(config, spec, dataset.interactions)
     parts = split(dataset.interactions, config.split)
     # Before anything is fitted: a split that leaks gets as far as no figure.
@@ -352,6 +355,7 @@ def prepare(
     # comes from a run is held to that by its fingerprint.
     if encoder is None:
         encoder = fit(spec, parts.train, users=users, items=items)
+        # Requests are read by the forms of this log.
         encoder = dataclasses.replace(encoder, contract=dataset.contract)
     else:
         check_fitted(encoder.fitted_on, parts)
@@ -368,6 +372,7 @@ def prepare(
         encode_rows(rows, user, item, encoder, labels, event_weights)
         for rows, user, item in zip(parts.tables, told.users, told.items)
     )
+    # A loss of 0 has no gradient, and would train without an error.
     if not train.weight.any():
         raise ConfigError(
             "weight is 0 in every training row: nothing would be learned. At least one must be "
@@ -415,6 +420,7 @@ def with_features(prepared: PreparedData, config: Config, encoder: Encoder) -> P
     for part, rows in zip(
         prepared.raw.tables, (prepared.train, prepared.validation, prepared.test)
     ):
+        # Rows and their labels stay: only what the features read of them is encoded again.
         context = encoder.encode("user", part, encoder.context)
         parts.append(dataclasses.replace(rows, context=context))
     train, validation, test = parts
@@ -433,6 +439,7 @@ def with_features(prepared: PreparedData, config: Config, encoder: Encoder) -> P
         encoder=encoder,
         features=features,
         histories=histories,
+        # Baselines are towers that are never trained, so that nothing is packed.
         packing=None,
     )
 
@@ -444,6 +451,7 @@ def join_parts(prepared: PreparedData) -> Dataset:
     # As text, with which further rows may be joined.
     for key in KEYS:
         log = log.set_column(log.column_names.index(key), key, plain_text(log[key]))
+    # Parts are told by the split anew, and equal times by the order of the file.
     order = stable_argsort(raw.joined_file_positions())
     # With the ids that the corpus was restricted from.
     dataset = assemble(log.take(pa.array(order)), prepared.users, prepared.items)

@@ -49,6 +49,7 @@ class SequencePacking:
         """Packs the sequences of all users with training events."""
         num_slots = histories.length + 1
         offsets = histories.offsets["train"]
+        # Users of held-out rows alone have nothing to train on.
         has_events = np.diff(offsets) > 0
         begins = offsets[:-1][has_events]
         ends = offsets[1:][has_events]
@@ -92,6 +93,7 @@ class SequencePacking:
         row = np.repeat(row_of_sequence, lengths)
         slot = np.repeat(self.first_slots[sequences], lengths) + position
         target = np.repeat(first_targets, lengths) + position
+        # -1 marks an empty slot, whose number no event has.
         content = np.full((len(rows), self.num_slots, 2), -1, np.int32)
         content[row, slot] = np.stack([target, position], axis=1)
         return content
@@ -104,6 +106,7 @@ class SequencePacking:
         """
         rates = np.ones(num_events)
         num_user_events = self.ends - self.begins
+        # All others are whole in every pass: each of their events is a target once.
         is_cropped = num_user_events > self.lengths
         sizes = num_user_events[is_cropped]
         # One entry for each event of the users whose sequences are cropped.
@@ -152,6 +155,7 @@ def pack(lengths: np.ndarray, size: int, *, seed: int) -> tuple[np.ndarray, np.n
         first slot, int64 [W] each.
     """
     shuffled = np.random.default_rng(seed).permutation(len(lengths))
+    # Shuffled first: the order of users would else decide which of them share a row.
     by_length = shuffled[np.argsort(lengths[shuffled], kind="stable")]
     counts = np.bincount(lengths, minlength=size + 1)
     # Lists: the loop below reads single numbers, which NumPy is slow at.
@@ -253,6 +257,7 @@ def gather_sequences(data: Mapping[str, Any], content: Any) -> Batch:
         content: int32 [B, S, 2], see `SequencePacking.expand`.
     """
     is_filled = content[..., 0] >= 0
+    # Empty slots read row 0, and are set to 0 below: inside `jit` shapes cannot depend on them.
     target = content[..., 0] * is_filled
     position = content[..., 1] * is_filled
     has_input = is_filled & (position > 0)
@@ -267,6 +272,7 @@ def gather_sequences(data: Mapping[str, Any], content: Any) -> Batch:
         batch["query_slot"] = slot - position + num_known
     user = data["user"][target]
     item = data["item"][target]
+    # The first event of a user is predicted from the start token alone, as it is for a new one.
     is_whole = data["begin"][target] == start
     counts = is_filled & ((num_known > 0) | is_whole)
 
@@ -283,6 +289,7 @@ def gather_sequences(data: Mapping[str, Any], content: Any) -> Batch:
     user_features |= {name: read(x, user) for name, x in data["user_features"].items()}
     user_features |= {name: read(x, target) for name, x in data["context"].items()}
     begins_here = is_filled & (position == 0)
+    # Sequences of a row are numbered from 1, 0 is empty: attention stays within a number.
     user_features[HISTORY_SEGMENT] = begins_here.cumsum(1).astype(np.int32) * is_filled
     user_features[HISTORY_POSITION] = position
     return batch | {
