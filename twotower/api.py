@@ -41,9 +41,12 @@ from twotower.evaluation.comparison.gate import (
 from twotower.evaluation.comparison.gate import judge as judge_records
 from twotower.evaluation.comparison.records import read_record
 from twotower.evaluation.comparison.text import format_comparison, format_judgement
-from twotower.evaluation.evaluate import check_metric_name, make_validate
+from twotower.evaluation.evaluate import (
+    check_metric_name,
+    make_validate,
+    validation_queries,
+)
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
-from twotower.evaluation.queries import make_queries
 from twotower.evaluation.query_table import record_name
 from twotower.evaluation.report.comparison import write_comparison
 from twotower.evaluation.report.text import format_report
@@ -160,11 +163,13 @@ class Run(run_folder.Run):
         Returns:
             The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
         """
+        # Before the measuring, which takes minutes: an extra that is missing is told at once.
         if report:
             check_report(umap=report_umap)
         # Rising, as the tables show the shortest lists first.
         ks = tuple(sorted(set(ks))) or self.config.evaluation.ks
         run: Run = self
+        # Further rows are read by the contract of the run, so that nothing fitted sees them.
         if test is not None:
             run = with_test_set(self, test, name=test_name)
         measured = evaluate(
@@ -223,6 +228,7 @@ class Run(run_folder.Run):
             # A bundle of another checkpoint would answer with other weights than those of the run.
             if retriever.bundle.manifest.get("step") == self.step:
                 return retriever
+        # In memory: nothing is written that somebody could take for an export.
         return Retriever(make_bundle(self))
 
     def recommend(self, user: Any = None, k: int = 10, **options: Any) -> Recommendations:
@@ -319,11 +325,13 @@ def fit(
     """
     columns = fitting.Columns(user, item, time)
     log = fitting.read_log(interactions, items=items, users=users, columns=columns, config=config)
+    # Before the training: somebody who sees the wrong column taken can stop it.
     print("\n".join(log.said))
     whole = fitting.make_config(log, config)
     folder = fitting.begin(workdir, log, whole)
     print(f"run: {folder}", flush=True)
     train_in_folder(whole, folder, devices=devices, tell=print_report)
+    # The best checkpoint, from the folder: the weights in memory were the last ones.
     run = load_run(folder)
     print(_comparison(run, log.facts))
     return run
@@ -336,8 +344,8 @@ def _comparison(run: Run, facts: LogFacts) -> str:
     metric = run.config.training.metric
     value = validate(run.weights)[metric]
     line = f"validation: {metric} {value:.4f} at step {run.step}"
-    every_query = make_queries(run.prepared, "validation", evaluation.query)
-    queries = every_query.sample(evaluation.validation_queries)
+    # The queries of the validation itself: else the two figures would not compare.
+    queries = validation_queries(run.prepared)
     order = popularity_order(run.prepared.positives("train"), queries.num_items)
     scores = order_scores(order)
     figures = evaluate_ranking(scores, queries, evaluation.ks, mask_seen=True)
@@ -353,6 +361,7 @@ def _comparison(run: Run, facts: LogFacts) -> str:
 
 def popularity_cure(facts: LogFacts) -> str:
     """Returns what to do about a model that is behind popularity, as the end of a sentence."""
+    # In the order of what explains most: no training helps items that it never sees.
     if facts.share_new_items > SHARE_OF_NEWS and not facts.items:
         return (
             f"{facts.share_new_items:.0%} of the held-out rows are of items that training never "
@@ -485,6 +494,8 @@ def train_in_folder(
         on_validation: Function that is told of each validation; see `twotower.training.loop.fit`.
     """
     check_names(config, workdir)
+    # Entered before the training, so that a run that fails is marked as failed there; begun only
+    # when the data was found right.
     with follow(Path(workdir), tracking) as start_log:
 
         def begin(report: DataReport) -> None:
@@ -537,6 +548,7 @@ def refit_in_folder(workdir: Path | str, *, on_top: bool = False, devices: int =
     """Trains as `refit` does, and returns the folder of the refit without loading it."""
     begun = refitting.begin_refit(workdir, on_top=on_top)
     train_in_folder(begun.config, begun.folder, devices=devices, dataset=begun.dataset)
+    # After the training: a refit that was stopped has no record, and says nothing of itself.
     refitting.write_record(begun)
     print(refitting.format_record(begun.record))
     return begun.folder
@@ -597,6 +609,7 @@ def grow(
         new_rows=new_rows,
         passes=passes,
     )
+    # From the folder that was just made, as a later process would: what it lacks is found now.
     return train(load_config(workdir), workdir, devices=devices)
 
 
@@ -622,6 +635,8 @@ def begin_grown(
         run.workdir,
         workdir,
         new_rows=new_rows,
+        # The step that was loaded: a training that goes on elsewhere may have saved a better one
+        # since.
         checkpoint=str(run.step),
         dataset=dataset,
         passes=passes,
@@ -642,6 +657,7 @@ def check_names(config: Config, workdir: Path | str) -> None:
     import_plugins(config.plugins, Path(workdir))
     SPLITS.choose(config.split.kind, "config.split.kind")
     check_metric_name(config)
+    # The re-ranker is used after the training alone, and would be refused only then.
     resolve_rerank(None, config.retrieval.rerank)
 
 
@@ -710,8 +726,10 @@ def export(
         ChangesError: A change cannot be carried over.
         ConfigError: An option is out of range, or vectors cannot be cut to this width.
     """
+    # Before any work: a misspelt option would else be told after the corpus was embedded.
     run = with_index_options(run, **index_options)
     if baseline:
+        # The model that is logged has the towers in it, which a baseline has not.
         if registration is not None:
             raise ConfigError(
                 "A version in MLflow is of the run's own towers: leave out --baseline."
@@ -728,6 +746,7 @@ def export(
         figures=_figures(run),
     )
     if registration is None:
+        # Logged where the run was logged before, and nowhere else.
         log_linked(run.workdir, bundle=True)
     else:
         track(run.workdir, bundle=True, registration=registration)
@@ -768,6 +787,7 @@ def with_index_options(run: Run, **index_options: Any) -> Run:
     """
     # These options touch no weight, so that a trained run may take others.
     options = dataclasses.asdict(run.config.retrieval) | index_options
+    # Checked like options of a file: the same names, types and refusals.
     retrieval = build(RetrievalConfig, options, "config.retrieval")
     config = dataclasses.replace(run.config, retrieval=retrieval)
     return dataclasses.replace(run, config=config)
@@ -913,7 +933,9 @@ def write_report(
             raise ConfigError(f"{path} is missing: nothing was measured yet. {line}")
         measured = read_json(path)
     figures = measured_path(run, measured)
+    # Named as the figures are, so that the pages of two splits lie beside each other.
     page = figures.with_name(figures.name.replace("metrics", "report")).with_suffix(".html")
+    # Of the index only what was measured is shown, where there is one.
     index = None
     if (run.workdir / BUNDLE).exists():
         index = Retriever.load(run.workdir / BUNDLE).bundle.index
@@ -1031,7 +1053,9 @@ def sweep(
         ConfigError: An option or value cannot be used, the folder holds another sweep, or no trial
             went well.
     """
+    # The extra is needed before the first trial, and the plots only after the last.
     check_sweep()
+    # As in `Run.evaluate`: before trials of hours.
     if report:
         check_report()
     prepared = None
@@ -1051,6 +1075,7 @@ def sweep(
     def train_trial(
         config: Config, workdir: Path, data: Path, on_validation: OnValidation | None
     ) -> None:
+        # A space may change features or the split, for which the data of the run is none.
         if prepared is not None and data_folder.digest_of(config) == digest:
             data = prepared
         train_in_folder(
@@ -1068,6 +1093,8 @@ def sweep(
         seed=seed,
     )
     if config.split.test:
+        # The runs of the best trial alone: a figure of the test rows for each trial would be chosen
+        # by, sooner or later.
         tests = [_tested(folder, found) for folder in found.runs]
         found = dataclasses.replace(found, test=tests)
     data = data_folder.resolve(run_folder.data_path(found.runs[0]))
@@ -1089,6 +1116,8 @@ def _tested(workdir: Path, found: Sweep) -> Mapping[str, float]:
     path = metrics_path(workdir, "test")
     if not path.exists():
         return evaluate(load_run(workdir))["model"]
+    # Measured before: asking again must not look at the test rows again, but the number of trials
+    # has grown.
     measured = read_json(path) | {"tuning": tuning}
     measure.write_metrics(measured, path)
     return measured["model"]
@@ -1120,6 +1149,7 @@ def compare(
     if report is not None:
         check_report()
     comparison = compare_records([read_record(_folder_of(run), split) for run in runs])
+    # Whoever was chosen among many has a figure that is too good by chance: it is said beside it.
     comparison = dataclasses.replace(comparison, notes=(*comparison.notes, *_tuned(runs)))
     print(format_comparison(comparison))
     if report is not None:
@@ -1157,6 +1187,7 @@ def judge(
         split: Rows that were found: "test" or "validation".
     """
     records = [read_record(_folder_of(run), split) for run in (standing, candidate)]
+    # Relative to the run that stands, whose figures say what a loss is a part of.
     limits = default_thresholds(records[0])
     if thresholds is not None:
         limits = load_thresholds(Path(thresholds), records[0])
@@ -1209,6 +1240,7 @@ def load_retriever(folder: Path | str) -> Retriever:
     load_config(workdir)
     if workdir != folder:
         return Retriever(make_bundle(load_run(workdir, checkpoint=folder.name)))
+    # The bundle before the checkpoint: it has the index, and the changes made to its items.
     if (workdir / BUNDLE).exists():
         return Retriever.load(workdir / BUNDLE)
     return Retriever(make_bundle(load_run(workdir)))

@@ -12,7 +12,12 @@ from twotower.core.errors import ConfigError
 from twotower.evaluation import evaluate as module
 from twotower.evaluation import measure, metrics, slices
 from twotower.evaluation.baselines.tuning import Baselines
-from twotower.evaluation.evaluate import evaluate, make_validate, model_scores
+from twotower.evaluation.evaluate import (
+    evaluate,
+    make_validate,
+    model_scores,
+    validation_queries,
+)
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report import text as report_text
 from twotower.retrieval.embed import shard_weights
@@ -175,6 +180,8 @@ def test_validation_asks_no_more_queries_than_a_tenth_of_the_training_pays_for(
         few = make_validate(prepared, run.model)(run.weights)
     assert few["queries"] + few["queries_without_answer"] == affordable
     assert f"Validations ask {affordable} of" in caplog.text
+    # What is compared with a validation is measured over the same queries.
+    assert len(validation_queries(prepared)) == affordable
 
 
 def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_masked(run):

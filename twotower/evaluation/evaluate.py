@@ -310,17 +310,7 @@ def make_validate(
     """
     evaluation = prepared.config.evaluation
     # Made once: all validations of a training measure the same queries and rows.
-    every_query = make_queries(prepared, "validation", evaluation.query)
-    queries = every_query.sample(evaluation.validation_queries)
-    affordable = _affordable_queries(prepared)
-    if len(queries) > affordable:
-        logging.info(
-            "Validations ask %d of %d queries: more would take over a tenth of the training "
-            "(raise config.training.validate_every for more).",
-            affordable,
-            len(every_query),
-        )
-        queries = every_query.sample(affordable)
+    queries = validation_queries(prepared)
     measure_heads = heads.make_head_metrics(
         prepared, model, "validation", max_rows=evaluation.validation_queries
     )
@@ -331,6 +321,27 @@ def make_validate(
         return ranking | heads.flatten_metrics(measure_heads(weights))
 
     return validate
+
+
+def validation_queries(prepared: PreparedData) -> Queries:
+    """Returns the fixed sample of queries that each validation of a run asks; see `make_validate`.
+
+    Args:
+        prepared: Data of the run.
+    """
+    evaluation = prepared.config.evaluation
+    every_query = make_queries(prepared, "validation", evaluation.query)
+    queries = every_query.sample(evaluation.validation_queries)
+    affordable = _affordable_queries(prepared)
+    if len(queries) <= affordable:
+        return queries
+    logging.info(
+        "Validations ask %d of %d queries: more would take over a tenth of the training (raise "
+        "config.training.validate_every for more).",
+        affordable,
+        len(every_query),
+    )
+    return every_query.sample(affordable)
 
 
 def _affordable_queries(prepared: PreparedData) -> int:
