@@ -203,6 +203,7 @@ def write_bundle(
         "twotower": twotower.__version__,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "packages": _package_versions(),
+        # Cosines are dot products of normalised vectors, so that there is one metric.
         "metric": "dot",
         "normalized": bundle.normalized,
         "dim": bundle.towers.dim,
@@ -212,6 +213,7 @@ def write_bundle(
         "step": step,
         "probability": bundle.probability,
         "model_version": version,
+        # What a reader asks for first; all settings stand beside the index.
         "index": {name: index[name] for name in INDEX_SETTINGS if name in index},
         "sentence_models": _sentence_models(bundle.encoder),
         **more,
@@ -249,6 +251,7 @@ def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundl
     with _bundle_errors(home):
         files = current_version(home)
         manifest = _read_manifest(files)
+        # Before hashes are compared: files of the index are the only ones that may be missing.
         lost = _lost_index_files(files, manifest)
         digests = manifest["files"].items()
         check_files(files, {name: digest for name, digest in digests if name not in lost})
@@ -288,6 +291,7 @@ def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundl
         _check_lengths(bundle, files)
         if load_towers:
             _check_towers(bundle, files)
+        # Ids twice would be found under one row, and the other item never again.
         _check_ids(files / "items.parquet", bundle.items, "item_id")
         _check_ids(files / "users.parquet", bundle.users, "user_id")
         _check_lists(files, bundle.seen, len(bundle.items))
@@ -336,11 +340,13 @@ def personal_columns(bundle: Bundle) -> dict[str, list[str]]:
     by_id = []
     for name, feature in bundle.encoder.spec.user.items():
         fitted = bundle.encoder.fitted[feature.key]
+        # A vocabulary holds the ids themselves, and not only what was learned of them.
         if "user_id" in feature.columns_read and fitted.vocabulary is not None:
             by_id.append(name)
     columns = {"encoder": by_id}
     if len(bundle.users):
         columns["users.parquet"] = bundle.users.column_names
+        # Golden requests are made of known users.
         columns[GOLDEN] = ["user_id"]
         columns["user_vectors.npy"] = ["user_id"]
         columns["seen_items.npy"] = ["item_id"]
@@ -469,6 +475,7 @@ def _check_names(manifest_file: Path, files: object) -> None:
         raise BundleError(f"{manifest_file} lists no files. Export again.")
     for name, sha256 in files.items():
         path = PurePosixPath(name)
+        # A manifest that somebody else wrote must not make us read other files of this machine.
         if path.is_absolute() or ".." in path.parts or not isinstance(sha256, str):
             raise BundleError(
                 f"{manifest_file} names {name!r}, which is no file of the bundle. Do not use it."
@@ -526,6 +533,7 @@ def _check_lists(folder: Path, seen: Ragged, num_items: int) -> None:
         raise BundleError(
             f"{folder}: seen_offsets.npy and seen_items.npy hold no lists. Export again."
         )
+    # Offsets that do not rise would read the items of another user, or outside of the file.
     is_rising = offsets[0] == 0 and offsets[-1] == len(values) and (np.diff(offsets) >= 0).all()
     if not is_rising:
         raise BundleError(
@@ -596,6 +604,7 @@ def _map_array(folder: Path, name: str) -> np.ndarray:
 def _stored_vectors(folder: Path, kind: str) -> Vectors:
     """Returns the item vectors in the type that `config.retrieval.vectors` names."""
     vectors = _map_array(folder, "item_vectors")
+    # The configuration says how vectors are searched; others would be read as what they are not.
     if vectors.dtype != kind:
         raise BundleError(
             f"{folder}: item_vectors.npy holds {vectors.dtype}, but "
@@ -629,6 +638,7 @@ def _read_towers(folder: Path, weights: WeightArrays) -> TowerPrograms:
 
 def _check_towers(bundle: Bundle, folder: Path) -> None:
     """Loads the towers, and refuses those of another width than the vectors."""
+    # The programs know their width only once they are loaded.
     width = bundle.towers.load().dim
     if width != bundle.manifest["dim"]:
         raise BundleError(

@@ -41,12 +41,14 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         "```python\nimport twotower as tt\n\n"
         'tt.Retriever.load("bundle").recommend("USER", k=10)\n```',
     ]
+    # Empty ones are left out: most runs were not tuned.
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def _kind(manifest: Mapping[str, Any]) -> str:
     """Returns the model in words: trained towers, or a baseline in their form."""
     version = manifest["model_version"][:12]
+    # A baseline in the form of towers must not pass for a trained model.
     baseline = manifest.get("baseline")
     if not baseline:
         return f"Two-tower retrieval model {version} of step {manifest['step']}"
@@ -56,6 +58,7 @@ def _kind(manifest: Mapping[str, Any]) -> str:
 
 def _scores(manifest: Mapping[str, Any]) -> str:
     """Returns what the scores of the bundle mean."""
+    # Whoever reads a score of 0.9 takes it for one.
     if manifest.get("probability"):
         return "The model was trained on labels, and scores of pairs have probabilities."
     return "Scores rank the items of one user, and are no probabilities."
@@ -66,6 +69,7 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
     lines = []
     for part, rows in data.get("rows", {}).items():
         line = f"- {part}: {rows:,} rows"
+        # A log without times has rows alone.
         times = data.get(part)
         if times:
             line += f", {times['from']} to {times['to']}"
@@ -78,6 +82,7 @@ def _measured(figures: Mapping[str, Mapping[str, Any]]) -> str:
     rows = []
     for part, values in figures.items():
         for name, value in values.items():
+            # Figures of a checkpoint hold more than a page of them.
             if name.startswith(METRICS) and isinstance(value, (int, float)):
                 rows.append([part, name, f"{value:.4f}"])
     if not rows:

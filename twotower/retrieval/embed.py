@@ -41,6 +41,7 @@ def embed_rows(
         like: Number of rows that were embedded before: fewer are padded to the shape that is
             compiled already.
     """
+    # Memory grows with the events of a batch, not with its users.
     if side == "user" and model.history_length:
         batch = min(batch, next_power_of_two(MAX_BATCH_EVENTS // model.history_length))
     count = len(next(iter(features.values())))

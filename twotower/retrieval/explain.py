@@ -71,7 +71,9 @@ def explain(
     kept = np.ones((count + 1, count), bool)
     kept[np.arange(1, count + 1), np.arange(count)] = False
     offsets = np.append(0, np.cumsum(kept.sum(1))).astype(np.int32)
+    # Row by row, as `np.nonzero` gives them: the histories lie one after the other.
     taken = events.take(pa.array(np.nonzero(kept)[1]))
+    # All else of the user stays as it is.
     rows = row.take(pa.array(np.zeros(count + 1, np.int64)))
     lists = pa.ListArray.from_arrays(pa.array(offsets), taken)
     rows = rows.set_column(rows.column_names.index(history.column), history.column, lists)
@@ -101,12 +103,14 @@ def find_reasons(
     size = history.max_length + 1
 
     def embed_padded(features: Mapping[str, np.ndarray]) -> np.ndarray:
+        # Histories have any length; each would be compiled anew, which takes seconds.
         padded = {name: pad_rows(values, size) for name, values in features.items()}
         count = len(next(iter(features.values())))
         return embed(padded)[:count]
 
     lost = explain(history, encode, embed_padded, row, items)
     events: list[Mapping[str, Any]] = []
+    # Histories hold ids alone where nothing else of an event is read.
     for event in _events_read(history, row).to_pylist():
         events.append(event if isinstance(event, dict) else {"item_id": event})
     return choose_reasons(events, lost)
@@ -172,6 +176,7 @@ def choose_reasons(events: Sequence[Mapping[str, Any]], lost: np.ndarray) -> lis
         return reasons
     for column, row in enumerate(lost.argmax(axis=0).tolist()):
         event = events[row]
+        # An event that speaks against an item is no reason for it.
         if lost[row, column] <= 0 or event["item_id"] is None:
             continue
         reasons[column] = Reason(
@@ -199,6 +204,7 @@ def likeness_lost(liked: np.ndarray, unlike: np.ndarray, items: np.ndarray) -> n
     others = units.sum(axis=0) - units
     without = _at_length_one(others / max(1, len(liked) - 1) - unlike)
     if len(liked) == 1:
+        # Without its only example a list has no direction at all.
         without = np.zeros_like(units)
     whole = _at_length_one((units.mean(axis=0) - unlike)[None, :])
     return (whole - without) @ _at_length_one(items).T

@@ -77,6 +77,7 @@ def answer(bundle: Bundle, requests: Sequence[Request]) -> list[list[tuple[str, 
     answers = []
     for request in requests:
         exclude = np.zeros(0, np.int32)
+        # By the stored vectors, as a server answers: the tower is looked at by the made rows.
         if "user" in request:
             row = users.row_by_id[request["user"]]
             query = bundle.user_vectors[row : row + 1]
@@ -126,6 +127,7 @@ def _made_row(encoder: Encoder, items: Sequence[str], number: int) -> dict[str, 
             row[words["column"]] = values[number % len(values)].as_py()
     history = encoder.spec.history
     if history is not None and items:
+        # Other steps for each row, so that histories differ in more than their beginning.
         rows = [number + turn * (1 + number) for turn in range(HISTORY)]
         row[history.column] = [items[position % len(items)] for position in rows]
     return row
@@ -161,5 +163,6 @@ def _snapshot(bundle: Bundle) -> Snapshot:
         numbers,
         num_numbers=len(numbers),
     )
+    # As written: changes would be told as differences.
     memtable = MemTable.empty(bundle.vectors.shape[1])
     return Snapshot(base, memtable, 0, 0, 0, {})

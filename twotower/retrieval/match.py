@@ -194,6 +194,7 @@ class MatchModel:
             ConfigError: The side is unknown, an id is repeated, or the vectors are of another
                 number or width or not finite; the model stays as it was.
         """
+        # Everything is checked before anything is changed.
         old = choose(self._vectors, side, "side")
         names = self._read_ids(side, ids)
         new = _read_vectors(side, vectors)
@@ -219,11 +220,13 @@ class MatchModel:
             )
         counts = Counter(names)
         repeated = [name for name, count in counts.items() if count > 1]
+        # Which of them would count is for the caller to say.
         if repeated:
             raise ConfigError(
                 f"{len(repeated)} {side} ids are given more than once, the first {repeated[0]!r}; "
                 "each may have one vector."
             )
+        # A NaN makes every score of that id one, and compares with nothing.
         is_bad = ~np.isfinite(vectors).all(axis=1)
         if is_bad.any():
             first = names[int(is_bad.argmax())]
@@ -252,6 +255,7 @@ class MatchModel:
         """
         if unknown not in ("error", "nan"):
             raise ConfigError(f"unknown={unknown!r} must be 'error' or 'nan'.")
+        # In the form of the log: 3 and "3" are one user where ids are numbers.
         users = self._read_ids("user", user_ids)
         items = self._read_ids("item", item_ids)
         if len(users) != len(items):
@@ -314,6 +318,7 @@ def _read_bundle(
     checking their files against the manifest."""
     path = folder / "manifest.json"
     manifest = read_json(path)
+    # Before any hash is believed: the manifest has one of itself.
     if "files" not in manifest or manifest.get("sha256") != content_digest(manifest):
         raise BundleError(f"{path} was changed after it was written. Export again.")
     digests = manifest["files"]
@@ -326,11 +331,13 @@ def _read_bundle(
     vectors = {}
     for side in SIDES:
         column = f"{side}_id"
+        # One column: users may have many, and histories.
         with pq.ParquetFile(folder / f"{side}s.parquet") as file:
             ids[side] = file.read(columns=[column])[column].to_pylist()
         vectors[side] = np.load(folder / f"{side}_vectors.npy", allow_pickle=False)
     if "item_scales.npy" in names:
         scales = np.load(folder / "item_scales.npy", allow_pickle=False)
+        # Whole float32 in memory: pairs are read at random, and int8 saves the disk alone here.
         vectors["item"] = vectors["item"] * scales[:, None]
     return ids, vectors, manifest.get("probability")
 
@@ -344,6 +351,7 @@ def _read_vectors(side: str, vectors: ArrayLike) -> np.ndarray:
 
 def _names(ids: Sequence[Any]) -> list[str]:
     """Returns the ids of a model as text; those that are text stay letter for letter."""
+    # `str` of a text of NumPy makes it one of Python.
     return [str(x) if isinstance(x, str) else read_id(x, IdForm.TEXT, "id") for x in ids]
 
 

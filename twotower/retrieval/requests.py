@@ -116,6 +116,7 @@ class Naming:
     @classmethod
     def read(cls, names: Mapping[str, str] | None, strict: bool) -> Naming:
         """Returns the names that a caller gives; None for ours alone."""
+        # One object for all usual requests, whose readers are kept by it.
         if names is None:
             return OUR_NAMES if strict is True else cls(strict=strict)
         return cls(names, strict)
@@ -146,6 +147,7 @@ class Naming:
         found: dict[Any, str] = {}
         for name in theirs:
             ours = self._one(name)
+            # Which of both is meant nobody can say.
             if ours in found.values():
                 raise ConfigError(f"{place}: two columns are {ours!r}: leave one out.")
             if ours in known:
@@ -245,6 +247,8 @@ def read_row(
         ConfigError: A value is not what its column holds.
     """
     row = rows
+    # `type` and not `isinstance`, here and below: this is asked for every request, and a subclass
+    # takes the longer way.
     if type(rows) is list and len(rows) == 1:
         row = rows[0]
     if type(row) is not dict or naming.names or not all(map(known.__contains__, row)):
@@ -309,6 +313,7 @@ def as_display(rows: pa.Table, schema: pa.Schema, forms: Forms) -> pa.Table:
     """
     columns = dict(zip(rows.column_names, rows.columns))
     for field in schema:
+        # A column that new items lack becomes null among the others.
         column = columns.get(field.name)
         if column is None or column.type == field.type:
             continue
@@ -346,6 +351,7 @@ class IdColumn:
         if isinstance(values, pa.ChunkedArray):
             return _convert(self.form.column, values, self.name)
         ids = values
+        # Looked at one by one only where one of them is no text already.
         if not self.form.are_plain(values):
             ids = _each(self.form.one, values, self.name)
         return pa.chunked_array([pa.array(ids, pa.string())])
@@ -377,7 +383,9 @@ class TimeColumn:
         """Returns the seconds of times, and refuses numbers of another unit than the log's."""
         kind = column.type
         is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+        # A day written as the number 20240131 is of no unit.
         if is_number and not self.form.format:
+            # The ends are enough: units are a factor of 1,000 apart.
             for value in pc.min_max(column).as_py().values():
                 self._check_unit(value)
         return self.form.column(column)
@@ -474,6 +482,7 @@ def spellings(value: bool | float | None) -> tuple[str, ...]:
         return ()
     if isinstance(value, bool):
         return str(value), str(value).lower(), str(value).upper()
+    # 8.5 has one spelling; 8.0 may have been a whole number before a frame made it a float.
     if isinstance(value, float) and not value.is_integer():
         return (repr(value),)
     return f"{value:.0f}", f"{value:.1f}"
@@ -493,6 +502,7 @@ def feature_readers(encoder: Encoder, side: Side) -> dict[str, ReadColumn]:
         column = feature["column"]
         if feature["type"] == "string" and column not in ("user_id", "item_id"):
             vocabulary = encoder.fitted[side, name].require_vocabulary()
+            # An id has a form of its own; other texts have the spelling of the log.
             readers.setdefault(column, TextColumn(column, vocabulary.values))
     return readers
 
@@ -565,12 +575,14 @@ class HistoryColumn:
             # Times that Python's own have no room for.
             except (OverflowError, ValueError) as error:
                 raise ConfigError(f"rows, column {self.name!r}: {error}.") from None
+        # Row by row: each history may be written in another way.
         parts = [self._events(history, row) for row, history in enumerate(histories)]
         ends = [0]
         for part in parts:
             ends.append(ends[-1] + len(part or ()))
         flat = list(itertools.chain.from_iterable(part or () for part in parts))
         mask = None
+        # Missing is not empty: an empty history says that there were no events.
         if None in parts:
             mask = pa.array([part is None for part in parts])
         lists = pa.ListArray.from_arrays(pa.array(ends, pa.int32()), self._members(flat), mask=mask)
@@ -605,6 +617,7 @@ class HistoryColumn:
 
     def _members(self, events: Sequence[str | Mapping[str, Any]]) -> pa.Array:
         """Returns events as ids, or as structs where one of them has a kind or a time."""
+        # Ids alone need no struct, and most requests bring nothing else.
         if all(type(event) is str for event in events):
             return pa.array(events, pa.string())
         events = [event if isinstance(event, Mapping) else {"item_id": event} for event in events]
@@ -665,6 +678,7 @@ def _columns(rows: Any, key: str, naming: Naming) -> dict[Any, Values]:
     # A dict keeps the order of the first appearance; a set would not. Arrow by itself takes the
     # columns of the first row alone.
     names = list(dict.fromkeys(name for record in records for name in record))
+    # Rows that say nothing are rows all the same: their number is kept.
     if records and not names:
         return {key: [None] * len(records)}
     return {name: [record.get(name) for record in records] for name in names}

@@ -63,6 +63,7 @@ class Candidates:
         Raises:
             ConfigError: There is no such column; the message names the nearest.
         """
+        # Without candidates there is nothing to check the name by.
         known = list(self.rows[0]) if self.rows else [name]
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -102,6 +103,7 @@ class Reranking:
         Raises:
             ConfigError: The re-ranker returned something else.
         """
+        # Looked at, since it may be a user's own function, and what it returns becomes an answer.
         chosen = np.asarray(self.choose(candidates, k), np.int64)
         count = len(candidates.scores)
         in_range = len(chosen) <= k and bool(np.all((chosen >= 0) & (chosen < count)))
@@ -123,6 +125,7 @@ def resolve_rerank(rerank: RerankLike, default: RerankConfig) -> Reranking | Non
     Raises:
         ConfigError: The kind or an option is not known, or an option is out of range.
     """
+    # None asks for the configured one, "" for none.
     config = default
     if rerank is not None:
         config = as_config(rerank)
@@ -172,6 +175,7 @@ def parse_rerank(text: str) -> RerankConfig:
             )
         options[name.strip()] = _parse_value(value.strip())
     fields = {"kind": kind.strip(), "options": options}
+    # A field beside the options, which one text has no other place for.
     if "multiple" in options:
         fields["multiple"] = options.pop("multiple")
     return build(RerankConfig, fields, FIELD)
@@ -272,6 +276,7 @@ def maximal_marginal_relevance(
     # Of each candidate, to the chosen items so far. Kept up to date: O(k M D) in all.
     max_cosine = np.full(len(scores), -np.inf)
     chosen: list[int] = []
+    # Greedy: the best set of k items would have to be sought among all sets.
     while len(chosen) < min(k, len(scores)):
         worth = scores  # the first item is like nothing chosen
         if chosen:

@@ -271,6 +271,7 @@ class Retriever:
         filters = self._filters(where, allow, deny)
         _check_options(exclude_seen, popularity_weight)
         note = ""
+        # Events without rows too, be they none: a known user is then read by the stored row.
         if encoded is None and (rows is not None or events is not None):
             encoded = EncodedUser(
                 *self._encode_request(rows, user, events, Naming.read(names, strict))
@@ -290,6 +291,7 @@ class Retriever:
         )
         # From the snapshot that was searched: an item may be replaced meanwhile.
         items = _recommendations(snapshot, scores[0], positions[0])
+        # Only for an empty list, as counting the matching items takes as long as the search.
         if not items and filters.where:
             note = _note_of_none(snapshot, filters.where)
         return Recommendations(items, known=bool(user_rows[0] >= 0), note=note)
@@ -348,6 +350,7 @@ class Retriever:
             }
             parts.append(pa.table(columns))
         table = pa.concat_tables(parts)
+        # The table has no place for a note, which is logged.
         if not len(table) and ids and filters.where:
             _note_of_none(self._live.catalogue.snapshot, filters.where)
         return table
@@ -379,6 +382,7 @@ class Retriever:
                 f"score takes pairs: {len(user_vectors)} user ids do not go with "
                 f"{len(item_vectors)} item ids."
             )
+        # Pair by pair: a product of matrices would score every user with every item.
         scores = np.einsum("bd,bd->b", user_vectors, item_vectors).astype(np.float32)
         if probability:
             return to_probability(scores, self.bundle.probability)
@@ -439,6 +443,7 @@ class Retriever:
         filters = self._filters(where, allow, deny)
         liked = self._item_ids(items, "items")
         disliked = self._item_ids(unlike, "unlike")
+        # The mean of no directions is none.
         if not liked:
             raise ConfigError("items=[] must name at least one item.")
         # One snapshot for the vectors and the search: an item may change in between.
@@ -449,6 +454,7 @@ class Retriever:
         if disliked:
             direction = direction - _mean_direction(catalogue, snapshot, disliked)
         length = float(np.linalg.norm(direction))
+        # Rounding alone would say which way is left.
         if disliked and length < 1e-6:
             raise ConfigError(f"unlike={echo(disliked)} cancels items={echo(liked)}: leave it out.")
         query = direction / max(length, 1e-30)
@@ -504,6 +510,7 @@ class Retriever:
         Raises:
             ConfigError: The items have no such column, or not exactly one of times.
         """
+        # Found now and not at loading: few bundles are asked for it.
         if column is None:
             column = self._time_column()
         return self._ordered(column, k, self._filters(where, allow, deny))
@@ -516,6 +523,7 @@ class Retriever:
             only = catalogue.numbers_of(filters.allow)
         denied = catalogue.numbers_of(filters.deny)
         snapshot = catalogue.snapshot
+        # Counts are by number, which an item keeps when it is replaced.
         numbers = snapshot.memtable.numbers[: snapshot.num_slots]
         scores, positions = snapshot.first_by(
             column,
@@ -547,6 +555,8 @@ class Retriever:
         columns = []
         for name, column in zip(base.column_names, base.columns):
             form = self.forms.contract.columns.get(f"item.{name}")
+            # Text is a time where a feature reads it as one; numbers of older bundles by their
+            # unit.
             is_time = isinstance(form, TimeForm) or name in self.forms.units
             if is_time or _holds_times(column):
                 columns.append(name)
@@ -581,6 +591,7 @@ class Retriever:
             vectors, _ = self._vector_and_row(self._user_id(user))
         else:
             vectors, _, _ = self._encode_request(rows, user, events, Naming.read(names, strict))
+        # A copy, as a view would keep the mapped file of all users.
         return np.array(vectors[0])
 
     def read_user(
@@ -630,6 +641,7 @@ class Retriever:
             items: Ids of M items, which are looked up once.
             wheres: W conditions; see the class.
         """
+        # Before the items are looked up, so that a mistake costs nothing.
         each = [as_conditions(where, self.forms) for where in wheres]
         ids = self._item_ids(items, "items")
         catalogue = self._live.catalogue
@@ -689,6 +701,7 @@ class Retriever:
             up_to: Greatest number of unknown users that a request has.
         """
         towers = self.bundle.towers
+        # Of nobody: shapes are what is compiled, whatever the values.
         rows = self.user_rows.encode_one({})
         sizes = towers.warm("user", rows, up_to=check_k(up_to, "up_to"))
         no_item = pa.table({"item_id": pa.nulls(1, pa.string())})
@@ -707,6 +720,7 @@ class Retriever:
     def latest_items(self, user: Any, k: int = 10) -> list[Recommendation]:
         """Returns the last `k` items of a user, the latest first; none of an unknown user."""
         snapshot, positions, _ = self._latest(user, k)
+        # Items that a user had have no score, and 0 would be one.
         return _recommendations(snapshot, np.full(len(positions), np.nan), positions)
 
     def latest_events(self, user: Any, k: int = 10) -> list[dict[str, Any]]:
@@ -721,6 +735,7 @@ class Retriever:
             had them.
         """
         _, positions, events = self._latest(user, k)
+        # A log without times and kinds, or a bundle from before these were kept.
         if events is None:
             return [{} for _ in positions]
         return events.to_pylist()
@@ -735,6 +750,7 @@ class Retriever:
         if row is None:
             return snapshot, np.zeros(0, np.int64), None
         seen = live.bundle.seen
+        # Lists have the latest last.
         pairs = np.arange(seen.offsets[row], seen.offsets[row + 1])[::-1]
         positions = np.array(
             [snapshot.position_of(int(number)) for number in seen.values[pairs]], np.int64
@@ -863,6 +879,8 @@ class Retriever:
         table = self._read_items(rows, Naming.read(names, strict))
         if vectors is None:
             vectors = self._encode_items(table)
+        # Of a caller or of a tower: one that is not finite would be the best of every list, or of
+        # none.
         vectors = check_vectors(vectors, what="item")
         schema = self._live.catalogue.schema
         shown = as_display(table, schema, self.forms)
@@ -989,6 +1007,7 @@ class Retriever:
         known = ["item_id"]
         for feature in self.bundle.encoder.spec.item.values():
             known += feature.columns_read
+        # Display columns too, which no feature may read.
         known += self._live.catalogue.schema.names
         known = list(dict.fromkeys(known))
         return read_rows(rows, known, naming, self._item_readers, key="item_id")
@@ -999,9 +1018,11 @@ class Retriever:
         """Returns the vector [1, D] of the row of a request, that user's row, and the history."""
         if events is not None:
             return self._encode_events(rows, user, events, naming)
+        # The usual request, one mapping of plain values, goes past Arrow's tables.
         row = self.user_rows.read_one(rows, naming)
         if row is None:
             table = self._one_user(rows, user, naming)
+            # A row without an id is of nobody.
             ids = [None]
             if "user_id" in table.column_names:
                 ids = table["user_id"].to_pylist()
@@ -1028,6 +1049,7 @@ class Retriever:
             vectors = self.bundle.user_vectors[user_rows]
         else:
             vectors = self._encode_users(table)
+        # Each once: a further event may repeat an item of the stored history.
         return vectors, user_rows, list(dict.fromkeys(history))
 
     def _row_with_events(
@@ -1092,9 +1114,11 @@ class Retriever:
         if rerank is None:
             reranking = self.configured_rerank
         else:
+            # The caller's choice replaces the configured one whole, its options included.
             reranking = resolve_rerank(rerank, RerankConfig())
         fetched = k
         if reranking is not None:
+            # More than are shown, or there would be nothing to choose between.
             fetched = k * reranking.config.multiple
         snapshot, scores, positions = self._search(
             vectors, user_rows, fetched, filters, exclude_seen, popularity_weight
@@ -1127,6 +1151,7 @@ class Retriever:
         live = self._live
         catalogue = live.catalogue
         if exclude_seen:
+            # Row -1, of an unknown user, has no list.
             exclude = live.bundle.seen.take(user_rows)
         else:
             exclude = Ragged.empty(len(vectors))
@@ -1190,6 +1215,7 @@ def _rerank_lists(
     chosen_scores = np.full((len(scores), k), -np.inf, scores.dtype)
     chosen_positions = np.full((len(scores), k), -1, positions.dtype)
     for user in range(len(scores)):
+        # Lists end with -1 where items have run out, which is no candidate.
         found = positions[user][positions[user] >= 0]
         candidates = Candidates(
             scores[user, : len(found)],
@@ -1214,6 +1240,7 @@ def _check_options(exclude_seen: bool, popularity_weight: float) -> None:
 
 def _note_of_none(snapshot: Snapshot, where: Conditions) -> str:
     """Returns and logs the sentence that no item satisfies the conditions; "" where some do."""
+    # Some do, but all of them are denied or were seen: that is no mistake in the conditions.
     if snapshot.count_matching(where):
         return ""
     note = f"No item satisfies {describe(where)}."
@@ -1228,6 +1255,7 @@ def _holds_times(column: pa.ChunkedArray) -> bool:
     if not pa.types.is_integer(column.type) or column.null_count == len(column):
         return False
     ends = pc.min_max(column).as_py()
+    # The ends decide: numbers between two times of our days are times as well.
     return all(unit_of(value) is not None for value in ends.values())
 
 
@@ -1237,6 +1265,7 @@ def _mean_direction(
     """Returns the mean of the vectors of items at length 1, float32 [D]."""
     positions = [catalogue.position(snapshot, item) for item in items]
     vectors = snapshot.vectors(np.array(positions))
+    # Each item counts alike, however long its vector is.
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return (vectors / np.maximum(lengths, 1e-30)).mean(axis=0)
 

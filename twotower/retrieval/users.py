@@ -58,6 +58,7 @@ class UserRows:
         own: list[str] = []
         for feature in self._encoder.spec.user.values():
             own += feature.columns_read
+        # A request may always say who and when, even where no feature reads it.
         return list(dict.fromkeys(["user_id", *own, "timestamp"]))
 
     @property
@@ -93,7 +94,9 @@ class UserRows:
             columns = [name for name in self._columns_of[feature.name] if name in row]
             encoded = None
             if not columns:
+                # The same for every request, and so encoded once.
                 encoded = self._missing[feature.name]
+            # Straight from the value: a table of one row costs more than all else of an answer.
             elif len(columns) == 1 and not isinstance(row[columns[0]], pa.ChunkedArray):
                 fitted = self._encoder.fitted[feature.key]
                 encoded = feature.encode_value(fitted, row[columns[0]])
@@ -152,6 +155,7 @@ class UserRows:
         stored = self.take([user]) if user in self.row_by_id else self.unknown([user])
         columns = dict(zip(stored.column_names, stored.columns))
         if given is not None:
+            # After the stored ones: a request knows better than the bundle.
             columns |= dict(zip(given.column_names, given.columns))
         if user is not None:
             columns["user_id"] = pa.chunked_array([[user]])
@@ -194,6 +198,7 @@ class UserRows:
         if history is None or history.column not in row:
             return []
         value = row[history.column]
+        # Plain ids, which `read_row` leaves as they are.
         if isinstance(value, list):
             return value
         return self.history_items(row_table({history.column: value}))
@@ -222,6 +227,7 @@ class UserRows:
         history = self._encoder.spec.history
         if history is None:
             return self._readers
+        # Nearly all requests: their readers are made once.
         if naming is OUR_NAMES:
             return self._all_readers
         reader = HistoryColumn(history.column, history.location, self.forms, naming)
@@ -239,6 +245,7 @@ class UserRows:
         columns = {name: feature.columns_read for name, feature in features}
         history = self._encoder.spec.history
         if history is not None and history.request_gap:
+            # The time from the last event to the request is read with the history.
             columns[history.name] += ("timestamp",)
         return columns
 
@@ -266,6 +273,7 @@ class UserRows:
             columns += self._encoder.spec.user[name].columns_read
         if "timestamp" not in columns and not (history and history.request_gap):
             return None
+        # Of the known users, whose rows have the time at which they were last seen.
         return pc.max(self._users["timestamp"]).as_py()
 
 
@@ -280,6 +288,7 @@ def _joined(stored: pa.ChunkedArray | None, events: Sequence[Mapping[str, Any]])
     # Of a history of plain ids, kinds and times are read by nothing.
     if kind is not None and not pa.types.is_struct(kind.value_type):
         return pa.chunked_array([[[*before, *(event["item_id"] for event in events)]]], kind)
+    # Nothing is stored: the events bring their own type.
     if kind is None:
         return pa.chunked_array([[list(events)]])
     return pa.chunked_array([[[*before, *events]]], kind)

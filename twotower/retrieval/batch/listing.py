@@ -89,6 +89,7 @@ def _read_column(path: Path, field: str) -> tuple[pa.ChunkedArray, Callable[[int
     with pa.input_stream(str(path), compression="detect") as stream:
         first_line = stream.read(FIRST_BYTES).split(b"\n")[0]
     # A plain list, with a header or without, is text of one column whatever its name.
+    # Separators, a tab, or bytes that no text has.
     is_table = path.suffix in TABLE_SUFFIXES or re.search(rb"[,;\t|{\x00]", first_line)
     if not is_table:
         lines = _read_lines(path, field)
@@ -120,6 +121,7 @@ def _read_lines(path: Path, field: str) -> list[str]:
         lines = content.decode("utf-8-sig").splitlines()
     except UnicodeError as error:
         raise ConfigError(f"{field} cannot be read: {error}. Save it as UTF-8.") from None
+    # Tables of other tools have a header, lists by hand have none.
     if lines and lines[0].strip(' "') == "user_id":
         del lines[0]
     return [line for line in lines if line.strip()]
@@ -165,6 +167,7 @@ def format_user(retriever: Retriever, user: str, options: ListOptions) -> str:
     """Returns the latest items of a user above a table of recommendations."""
     recommended = retriever.recommend(user, **dataclasses.asdict(options))
     lines = []
+    # Said above the list: it is the one for somebody new.
     if not recommended.known:
         lines.append(f"User {user} is not known: these are the recommendations for somebody new.\n")
     latest = retriever.latest_items(user, LATEST_ITEMS)
@@ -201,6 +204,7 @@ def read_rows(text: str, retriever: Retriever) -> list[dict[str, Any]]:
     """
     field = f"--rows={shorten(text, MAX_CELL_WIDTH)}"
     known = retriever.user_rows.columns
+    # The first column is the id, which no row of a new user needs.
     (_, example, *_) = known
     try:
         if text.endswith(".json"):
@@ -215,6 +219,7 @@ def read_rows(text: str, retriever: Retriever) -> list[dict[str, Any]]:
         rows = [rows]
     if not rows or not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ConfigError(f"{field} must be a JSON object, or a list of them.")
+    # Before the towers, which tell neither flag nor row.
     for row in rows:
         check_fields(row, known, field)
     return rows

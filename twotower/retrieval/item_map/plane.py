@@ -50,6 +50,7 @@ def project(vectors: np.ndarray) -> Plane:
     """
     rows = evenly_spaced(np.arange(len(vectors)), FIT_ROWS)
     sample = vectors[rows].astype(np.float64)
+    # In float64: the variances of 100,000 numbers are added up.
     mean = sample.mean(0)
     covariance = np.cov(sample - mean, rowvar=False, bias=True).reshape(2 * [vectors.shape[1]])
     values, directions = np.linalg.eigh(covariance)
@@ -58,6 +59,7 @@ def project(vectors: np.ndarray) -> Plane:
     largest = np.abs(directions).argmax(0)
     directions = directions * np.sign(directions[largest, np.arange(directions.shape[1])])
     points = np.zeros((len(vectors), 2), np.float32)
+    # Vectors of one number have one direction, and lie on a line.
     points[:, : directions.shape[1]] = (vectors - mean) @ directions
     total = max(float(values.sum()), 1e-30)
     shares = [float(value) / total for value in values[::-1][:2]]
@@ -100,6 +102,7 @@ def choose_columns(items: pa.Table, named: Sequence[str], counts: np.ndarray) ->
     for name in items.column_names:
         if name == "item_id" or not is_text(items[name].type):
             continue
+        # Two values hardly divide a picture, and many look like none.
         if FEWEST_VALUES <= pc.count_distinct(items[name]).as_py() <= MOST_VALUES:
             found.append(group_items(name, items[name]))
         if len(found) == 2:
@@ -117,6 +120,7 @@ def group_items(name: str, column: pa.ChunkedArray) -> Grouping:
     """
     kind = column.type
     is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    # A colour for each price says nothing; one for cheap and dear does.
     if is_number and pc.count_distinct(column).as_py() > COLOURS:
         return _group_fifths(name, column.cast(pa.float64()).to_numpy())
     if pa.types.is_struct(kind) or pa.types.is_map(kind):
@@ -124,6 +128,7 @@ def group_items(name: str, column: pa.ChunkedArray) -> Grouping:
     values = [_text_of(value) for value in column.to_pylist()]
     names, codes, counts = np.unique(np.array(values), return_inverse=True, return_counts=True)
     order = np.argsort(-counts, kind="stable")
+    # The last colour is that of all others.
     kept = order if len(order) <= COLOURS else order[: COLOURS - 1]
     groups = np.full(len(names), len(kept), np.uint8)
     groups[kept] = np.arange(len(kept))
@@ -134,7 +139,7 @@ def group_items(name: str, column: pa.ChunkedArray) -> Grouping:
 
 
 def group_popularity(counts: np.ndarray) -> Grouping:
-    """Returns items by how often they were in training: fifths, and those that never were."""
+    """Returns items by how often they were in training, in fifths."""
     rank = np.empty(len(counts), np.int64)
     rank[np.argsort(counts, kind="stable")] = np.arange(len(counts))
     fifth = rank * 5 // max(len(counts), 1)
@@ -174,13 +179,16 @@ def map_data(
     extent = max(float((points.max(0) - low).max()), 1e-30)
     middle = (points.max(0) + low) / 2
     shares = (points - middle) / extent + 0.5
+    # Whole numbers of two bytes: a page of 3,000 items stays small, and no screen shows more.
     places = np.round(np.clip(shares, 0, 1) * 65_535).astype("<u2")
+    # An item is no neighbour of itself.
     count = min(NEIGHBOURS, len(rows) - 1)
     return {
         "titles": list(titles),
         "labels": list(grouping.labels),
         "places": _base64(places),
         "groups": _base64(grouping.groups[rows].astype(np.uint8)),
+        # By the whole vectors: what lies close in two dimensions need not be alike.
         "nearest": _base64(nearest_rows(vectors[rows], count).astype("<u2")),
         "count": count,
     }

@@ -41,7 +41,10 @@ def publish_with_changes(folder: Path, version: Path, *, keep: bool = True) -> N
     if old is None:
         publish_version(version)
         return
+    # The lock of the old log: a change that is acknowledged meanwhile would be lost.
     with old.log.transaction() as changes:
+        # With those that compactions have put into the version: the export knows nothing of them
+        # either.
         changed = old.changed.after(changes)
         with contextlib.ExitStack() as stack:
             if changed and keep:
@@ -76,6 +79,7 @@ class _Old:
             manifest = read_json(version / "manifest.json")
             sha256 = str(manifest["sha256"])
             changed = ChangedItems.from_manifest(manifest)
+        # A damaged bundle is what an export replaces; only its changes would be lost with it.
         except (FolderError, OSError, KeyError, TypeError) as error:
             logs = sorted(folder.glob("v-*.changes"))
             if not logs:
@@ -93,18 +97,22 @@ def _carried(folder: Path, version: Path, changed: ChangedItems) -> Iterator[Non
     new = load_bundle(version)
     rows, vectors = _changed_rows(folder, new, changed.upserted)
     catalogue = LiveBundle(new, threading.RLock()).catalogue
+    # As it would be made by a loaded bundle: a log must hold nothing that cannot be made again.
     items, vectors = catalogue.check(rows, vectors)
+    # An item that the new corpus does not have needs no deletion.
     deleted = [item for item in changed.deleted if item in catalogue.numbers]
     sha256 = new.manifest["sha256"]
     log = ChangeLog(changes_path(version, sha256), sha256)
     try:
         with log.transaction():
+            # Deletions first: an id stands in one of both, by its latest change.
             if deleted:
                 log.add(Delete(tuple(deleted)))
             for start in range(0, len(items), ITEMS_PER_CHANGE):
                 stop = start + ITEMS_PER_CHANGE
                 log.add(Upsert(items.slice(start, ITEMS_PER_CHANGE), vectors[start:stop]))
         log.close()
+        # The new version becomes current in the block; until then its log belongs to nothing.
         yield
     except BaseException:
         log.close()

@@ -99,8 +99,10 @@ def _in_form(name: str, operator: str, value: Any, forms: Forms) -> tuple[str, s
     is_equality = operator in _EQUALITIES
     if operator == LATEST:
         return name, operator, check_k(value, f"where {name!r} latest")
+    # A missing list is null, whatever lists are written as.
     if name in forms.separators and not (value is None and is_equality):
         return name, operator, _as_members(name, operator, value, forms)
+    # Prefixes and orders of ids are compared as text.
     if name == "item_id" and is_equality:
         return name, operator, _each(value, lambda x: _id(x, forms.item_id))
     form = forms.contract.columns.get(f"item.{name}")
@@ -142,6 +144,7 @@ def _as_texts(name: str, operator: str, value: Any) -> tuple[str, str, Any]:
     for member in plain:
         is_spelt = isinstance(member, (bool, int, float)) and abs(member) < _LARGEST_SPELT
         texts += spellings(member) if is_spelt else [member]
+    # One value in several spellings is a list of texts.
     return name, {"==": "in", "!=": "not in"}.get(operator, operator), tuple(texts)
 
 
@@ -237,8 +240,10 @@ def latest_condition(column: pa.ChunkedArray, name: str, count: int) -> tuple[st
                 f"where ({name!r}, 'latest', {count}): the column holds neither times nor numbers: "
                 f"{error}"
             ) from None
+    # All that have a value at all.
     if len(values) <= count:
         return name, "!=", None
+    # By the order of times, and then the value as the column has it, with which it is compared.
     rows = pc.array_sort_indices(order.combine_chunks(), order="descending")
     return name, ">=", values[rows[count - 1].as_py()].as_py()
 
@@ -284,6 +289,7 @@ def parse_condition(text: str, items: pa.Table, forms: Forms = PLAIN) -> tuple[s
     column = plain_text(items[name])
     if name in forms.separators:
         column = pc.split_pattern(column, forms.separators[name])
+    # Values are members: a list is never named whole.
     if is_list(column.type) and operator in _MEMBERSHIPS:
         members = pc.list_flatten(column.combine_chunks())
         column = pa.chunked_array([members])
@@ -291,6 +297,7 @@ def parse_condition(text: str, items: pa.Table, forms: Forms = PLAIN) -> tuple[s
             column = pc.utf8_trim_whitespace(column)
     values = _parse_values(written["value"], operator, column, field)
     (condition,) = as_conditions([_one_or_many(name, operator, values, field)], forms)
+    # A bound may lie between values; equality with a value that no item has is a misspelling.
     if operator in (*_EQUALITIES, *_MEMBERSHIPS):
         compared = condition[2]
         if isinstance(compared, Members):
@@ -317,6 +324,7 @@ def _one_or_many(name: str, operator: str, values: list[Any], field: str) -> tup
 def _parse_values(text: str, operator: str, column: pa.ChunkedArray, field: str) -> list[Any]:
     """Returns the values of a written condition, in the type of their column."""
     kind = column.type
+    # In quotes nothing means anything else.
     quoted = re.fullmatch(r"(['\"])(.*)\1", text)
     if quoted:
         return [quoted[2]]
@@ -343,6 +351,7 @@ def _parse_number(text: str, field: str) -> float | int | str:
 
 
 def _number_or_text(text: str) -> float | int | str:
+    # int first: float would lose digits of large numbers.
     for number in (int, float):
         try:
             return number(text)
@@ -374,6 +383,7 @@ def _check_values_exist(
 
 def _refuse_value(value: Any, name: str, known: list[Any], field: str) -> NoReturn:
     if isinstance(value, str):
+        # The comparison grows with the number of texts, and a user waits for this message.
         texts = known[:MAX_COMPARED_VALUES]
         nearest = difflib.get_close_matches(value, texts, n=MAX_SHOWN_VALUES, cutoff=0.0)
     else:

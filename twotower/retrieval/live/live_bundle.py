@@ -127,6 +127,7 @@ class LiveBundle:
 
     def rebalance(self) -> None:
         """Indexes the present items anew, in memory; see `Retriever.rebalance`."""
+        # In memory alone: the folder stays as it is, with its changes in the log.
         self.catalogue.rebalance(self._index)
 
     @contextlib.contextmanager
@@ -237,6 +238,7 @@ class LiveBundle:
         """Refuses a bundle that an export, or a compaction by another process, has superseded."""
         if self.is_detached:
             return
+        # Read each time: another process may have switched since.
         now = current_version(folder)
         if now != self.bundle.version:
             raise SupersededError(
@@ -291,6 +293,7 @@ class LiveBundle:
         """Returns the bundle with the items of a snapshot in the place of its own."""
         numbers, vectors, items = then.all_items()
         counts = self.catalogue.counts_of(numbers)
+        # Number of an item -> its new row, -1 for deleted ones.
         rows = np.full(len(self.catalogue.numbers), -1, np.int64)
         rows[numbers] = np.arange(len(numbers))
         # Items that users have seen are rows of the bundle, which change; deleted ones are dropped.

@@ -98,6 +98,7 @@ class Snapshot:
         index = base.index
         vectors = base.vectors
         if cosine:
+            # The same index where vectors have length 1.
             index, vectors = base.unit_vectors
         # Checked here, before a coordinate is appended that would hide a query of zeros.
         queries = check_queries(queries, vectors.shape[1], normalized=index.normalized)
@@ -106,6 +107,7 @@ class Snapshot:
         if index.dim > vectors.shape[1]:  # one more coordinate, of popularity
             coordinate, factor = base.popularity_coordinate
             index_queries = append_coordinate(queries, popularity_weight * factor)
+        # Silence would rank as if it had been weighed.
         elif popularity_weight:
             raise ConfigError(
                 f"popularity_weight={popularity_weight} needs an index with that coordinate: "
@@ -115,6 +117,7 @@ class Snapshot:
             index,
             vectors,
             index_queries,
+            # An index refuses 0, which a catalogue without items asks for.
             max(1, k),
             _replace_values(exclude, base.rows_of(exclude.values)),
             allowed=self._allowed_rows(where, only),
@@ -175,6 +178,7 @@ class Snapshot:
         while start < len(order) and count < k:
             rows = order[start : start + step]
             start += step
+            # Growing: conditions that few rows satisfy would else be asked again and again.
             step *= 4
             if allowed is not None:
                 rows = rows[allowed.contains(rows)]
@@ -208,6 +212,7 @@ class Snapshot:
     def count_matching(self, where: Conditions) -> int:
         """Returns the number of items that satisfy conditions."""
         where = self._resolve_latest(where)
+        # Matching rows are kept for all snapshots; which of them are left is of this one.
         rows = self._matching_rows(where) & (self.base.removed_by > self.version)
         count = int(rows.sum())
         if self.num_slots:
@@ -261,6 +266,7 @@ class Snapshot:
         # The usual list.
         if not self.num_slots:
             return self.base.read_rows(positions)
+        # One read for all rows of the base: single rows are slow to take out of columns.
         base_rows = iter(self.base.read_rows(positions[positions < base_size]))
         rows = []
         for position in positions.tolist():
@@ -397,6 +403,7 @@ class Snapshot:
         Only slots that came since the last query with these conditions are looked at.
         """
         key = ("memtable", where)
+        # Slots only grow: what was looked at once stays right.
         known = self.cache.get(key, np.zeros(0, bool))
         if len(known) < self.num_slots:
             new = matching_items(pa.concat_tables(self._tables_from(len(known))), where)
