@@ -79,6 +79,7 @@ from twotower.training import run as run_folder
 from twotower.training.grow import grow as make_grown
 from twotower.training.loop import OnValidation
 from twotower.training.metrics import read_lines
+from twotower.training.monitoring.monitor import NOT_ASKED, Monitoring
 
 FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what is popular
 
@@ -477,6 +478,7 @@ def train_in_folder(
     tell: Callable[[DataReport], None] = log_report,
     tracking: Destination | None = None,
     on_validation: OnValidation | None = None,
+    monitoring: Monitoring = NOT_ASKED,
 ) -> None:
     """Trains as `train` does, and leaves the run in its folder without loading it.
 
@@ -492,6 +494,7 @@ def train_in_folder(
         tracking: Experiment of MLflow that the run is logged to while it trains; by default the one
             that it was logged to before, if any.
         on_validation: Function that is told of each validation; see `twotower.training.loop.fit`.
+        monitoring: What is watched while it trains.
     """
     check_names(config, workdir)
     # Entered before the training, so that a run that fails is marked as failed there; begun only
@@ -513,6 +516,7 @@ def train_in_folder(
             dataset=dataset,
             tell=begin,
             on_validation=on_validation,
+            monitoring=monitoring,
         )
 
 

@@ -264,11 +264,14 @@ def test_a_process_that_dies_ends_the_others_with_a_status_that_asks_to_start_ag
     )
     commands = _real_commands(tmp_path / "run", _free_port(), *flags)
     with Group(commands, _environment(1)) as group:
-        _wait_for(tmp_path / "run" / "metrics.jsonl", group)
+        _wait_for(tmp_path / "run" / "heartbeat.1.json", group)
         group.processes[1].send_signal(signal.SIGKILL)
         statuses, said = group.wait()
     assert statuses == [os.EX_TEMPFAIL, -signal.SIGKILL], said[0][-3000:]
     assert "another process of the run has ended" in said[0]
+    # By name, and not itself.
+    assert f"Process 1 on {socket.gethostname()} has ended, at step" in said[0]
+    assert "Process 0 on" not in said[0]
 
 
 def test_processes_that_do_not_come_are_named_in_seconds():

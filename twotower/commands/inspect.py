@@ -2,10 +2,13 @@ r"""Looks at a log: delimiter, header, columns, times, repeats, splits; writes a
 
     twotower inspect events.csv --out=my_log.py
     twotower inspect events.csv --items=products.csv --time=created
+    twotower inspect runs/quickstart
 
 It prints what it found, what is wrong and what it took, with sample rows, and writes an experiment
 that trains: by --out, or beside you under the name of the log. --user, --item and --time name the
 columns where they cannot be told.
+
+Of the folder of a run it prints where its training is, its goodput and what a step waits for.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from absl import flags
 FLAGS = flags.FlagValues()
 POSITIONAL = "log"  # the flag that an argument without a name sets
 _LOG = flags.DEFINE_string(
-    "log", None, "File, folder or pattern of the log.", required=True, flag_values=FLAGS
+    "log",
+    None,
+    "File, folder or pattern of the log; or the folder of a run.",
+    required=True,
+    flag_values=FLAGS,
 )
 _ITEMS = flags.DEFINE_string("items", "", "Table of the items.", flag_values=FLAGS)
 _USERS = flags.DEFINE_string("users", "", "Table of the users.", flag_values=FLAGS)
@@ -35,8 +42,12 @@ def main() -> None:
     from twotower import inspection
     from twotower.core.install import command
     from twotower.fitting import Columns
+    from twotower.training.monitoring.report import describe_run, is_run
 
     path = _LOG.value
+    if is_run(Path(path)):
+        print("\n".join(describe_run(Path(path))))
+        return
     stem = re.sub(r"\W+", "_", Path(path).name.partition(".")[0]).strip("_") or "log"
     out = Path(_OUT.value or f"{stem}_experiment.py")
     found = inspection.inspect(

@@ -16,6 +16,9 @@ model to export.
 then runs/EXPERIMENT/RUN where no --workdir is given. A server that is away costs one warning, and
 what it missed follows.
 
+WORKDIR/heartbeat.json says where a training is and where its time goes; `twotower inspect WORKDIR`
+shows it. --profile_steps=20-40 profiles these steps.
+
 Several processes: the same command on every machine with a folder that all of them see, and
 --distributed where the cluster numbers them (Cloud TPU, Slurm, Kubernetes); elsewhere
 --coordinator=HOST:PORT --processes=N --process=0 … N-1.
@@ -94,6 +97,19 @@ _REFIT = flags.DEFINE_bool(
 _ON_TOP = flags.DEFINE_bool(
     "on_top", False, "Refit the best checkpoint, not fresh weights.", flag_values=FLAGS
 )
+_PROFILE_STEPS = flags.DEFINE_string(
+    "profile_steps",
+    "",
+    "First and last step to profile, such as 20-40, into WORKDIR/profile.",
+    flag_values=FLAGS,
+)
+_KIND = flags.DEFINE_string(
+    "kind",
+    "",
+    "Kind of the devices whose peaks the training is compared with, as in `twotower plan`; by "
+    "default what they are, if that is known.",
+    flag_values=FLAGS,
+)
 _DRY_RUN = dry_run.define(FLAGS)
 
 
@@ -118,10 +134,15 @@ def main() -> None:
     from twotower.config import from_dict
     from twotower.core.errors import ConfigError
     from twotower.plugins import load_config
+    from twotower.training.monitoring.monitor import Monitoring
+    from twotower.training.monitoring.profile import parse_steps
+    from twotower.training.monitoring.rates import find_kind
     from twotower.training.processes import join
 
     if _ON_TOP.value and not _REFIT.value:
         raise ConfigError("--on_top says how to refit: give --refit too.")
+    find_kind("", _KIND.value)
+    monitoring = Monitoring(kind=_KIND.value, profile_steps=parse_steps(_PROFILE_STEPS.value))
     workdir = find_workdir()
     if _CONFIG.value is None:
         config = load_config(workdir)
@@ -147,6 +168,7 @@ def main() -> None:
         devices=_DEVICES.value,
         data=_DATA.value,
         tracking=_TRACKING.destination(),
+        monitoring=monitoring,
     )
     if _REFIT.value:
         api.refit_in_folder(workdir, on_top=_ON_TOP.value, devices=_DEVICES.value)

@@ -46,6 +46,8 @@ from twotower.training.checks import (
 )
 from twotower.training.init import abstract_state, init_on
 from twotower.training.metrics import StepMetrics, Writer, open_writer, recovery_hint
+from twotower.training.monitoring.monitor import NOT_ASKED, Monitor, Monitoring
+from twotower.training.monitoring.phases import Phases
 from twotower.training.processes import Preemption
 from twotower.training.state import Trainer, TrainState, state_specs
 from twotower.training.step import EMBED_BLOCK, Metrics, train_step
@@ -136,6 +138,7 @@ def fit(
     mine: Miner | None = None,
     on_validation: OnValidation | None = None,
     mesh: Mesh | None = None,
+    monitoring: Monitoring = NOT_ASKED,
 ) -> TrainState:
     """Trains from the latest checkpoint of a run on, to the last step or until validation stops
     improving.
@@ -151,6 +154,7 @@ def fit(
         on_validation: Function that is told of each validation, such as one that ends a run that
             promises nothing.
         mesh: Devices of the run; all of them by default.
+        monitoring: What is watched while it trains.
 
     Returns:
         The state at the end.
@@ -161,6 +165,7 @@ def fit(
         ConfigError: The batch cannot be divided over the devices, the run does not fit into their
             memory, or `validate` does not measure the metric.
     """
+    phases = Phases()
     # The configuration before it is scaled: the run stays the same when its data grows.
     identity = trainer.config
     mesh = mesh or make_mesh()
@@ -176,13 +181,14 @@ def fit(
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
         writing = open_writer(workdir, start=start, steps=config.steps)
-        with writing as writer, Preemption() as preemption:
+        watching = Monitor(workdir, monitoring, phases, start=start, steps=config.steps)
+        with writing as writer, Preemption() as preemption, watching as monitor:
             # Nothing is said for so long at no other time.
             logging.info("Compiling: seconds for a small model, minutes for a large one ...")
             # A validation of the fresh model, so that a misspelt metric costs seconds.
             if validate and not start:
                 check_metric(validate(state.weights), config.metric)
-            run_steps = compile_steps(trainer, batches, data, mesh)
+            run_steps = compile_steps(trainer, batches, data, mesh, phases)
             run = _Run(
                 trainer=trainer,
                 checkpoints=checkpoints,
@@ -193,6 +199,7 @@ def fit(
                 mine=mine,
                 on_validation=on_validation,
                 mesh=mesh,
+                monitor=monitor,
             )
             state = run.run_to_end(state, run_steps)
     best = ""
@@ -294,6 +301,7 @@ class _Run:
     mine: Miner | None
     on_validation: OnValidation | None
     mesh: Mesh
+    monitor: Monitor
 
     def run_to_end(self, state: TrainState, run_steps: RunSteps) -> TrainState:
         """Runs all further steps; each validation is followed by a checkpoint.
@@ -302,7 +310,9 @@ class _Run:
             PreemptedError: The process was asked to end.
         """
         config = self.trainer.config.training
-        metrics = StepMetrics(self.writer, self.checkpoints, config.batch_size, config.log_every)
+        metrics = StepMetrics(
+            self.writer, self.checkpoints, config.batch_size, config.log_every, self.monitor.measure
+        )
         step = int(state.step)
         dispatches = 0
         # The first ones are of one step and its time is measured.
@@ -316,10 +326,12 @@ class _Run:
                     metrics.read()
                     state = self._with_mined_negatives(state)
                     metrics.resume()
+                self.monitor.profiler.start_before(step)
                 state, launched, count = run_steps(state, step, min(most, self._until_event(step)))
                 step += count
                 dispatches += 1
                 metrics.launch(step, launched, count)
+                self.monitor.note(step, metrics)
                 if not config.steps_per_dispatch:
                     most = min(2 * most, _steps_in_time(metrics.seconds_a_step))
                 is_preempted = self.preemption.is_due(dispatches)
@@ -340,6 +352,7 @@ class _Run:
                     metrics.flush()
                     self._end_early(step)
         metrics.flush()
+        self._wait_for_save()
         return state
 
     def _until_event(self, step: int) -> int:
@@ -350,6 +363,7 @@ class _Run:
         if negatives.mined:
             periods.append(negatives.mined_refresh)
         waits = [period - step % period for period in periods]
+        waits += self.monitor.profiler.until_edge(step)
         return min(config.steps - step, *waits)
 
     def _is_time_to_mine(self, step: int) -> bool:
@@ -361,7 +375,7 @@ class _Run:
     def _with_mined_negatives(self, state: TrainState) -> TrainState:
         """Returns the state with fresh pools of hard negatives."""
         assert self.mine is not None, "check_run refuses a run that has no miner and needs one"
-        with jax.transfer_guard("allow"):
+        with jax.transfer_guard("allow"), self.monitor.phases.during("other"):
             pools = put(self.mesh, self.mine(state.weights), REPLICATED)
         return state.replace(negatives=state.negatives | {"mined": pools})
 
@@ -369,7 +383,8 @@ class _Run:
         """Validates, moves the plateau schedule on and saves; returns the state that was saved."""
         config = self.trainer.config.training
         step = int(state.step)
-        values = self._validation(state.weights, step)
+        with self.monitor.phases.during("validation"):
+            values = self._validation(state.weights, step)
         value = values.get(config.metric)
         if value is not None:
             # Before the save: the checkpoint must hold the progress and the schedule after this
@@ -386,11 +401,17 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         record = dataclasses.asdict(self.progress)
-        self.checkpoints.save(step, state, record=record, metrics=metrics)
+        with self.monitor.phases.during("checkpoint"):
+            self.checkpoints.save(step, state, record=record, metrics=metrics)
+        self.monitor.heartbeat.note_save(step)
+
+    def _wait_for_save(self) -> None:
+        with self.monitor.phases.during("checkpoint"):
+            self.checkpoints.wait()
 
     def _end_early(self, step: int) -> NoReturn:
         """Ends a run that was asked to end, once its checkpoint is whole."""
-        self.checkpoints.wait()
+        self._wait_for_save()
         raise PreemptedError(
             f"SIGTERM: the run was saved at step {step}, in {self.checkpoints.folder / str(step)}. "
             "The same command goes on from there."
@@ -425,7 +446,13 @@ def _steps_in_time(seconds_a_step: float) -> int:
     return max(1, min(MAX_STEPS, int(MAX_SECONDS / seconds_a_step)))
 
 
-def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: Mesh) -> RunSteps:
+def compile_steps(
+    trainer: Trainer,
+    batches: Batches,
+    data: TrainingData,
+    mesh: Mesh,
+    phases: Phases,
+) -> RunSteps:
     """Returns a function that runs the steps of one dispatch.
 
     Resident data is gathered into batches on the device; otherwise each process gathers its own
@@ -436,6 +463,7 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
         batches: Training batches.
         data: Prepared data, of which the constants of a step are made.
         mesh: Devices of the run.
+        phases: Clock of the training.
 
     Returns:
         The function; see `RunSteps`. The state is donated. Fewer steps than asked for are run where
@@ -477,16 +505,17 @@ def compile_steps(trainer: Trainer, batches: Batches, data: TrainingData, mesh: 
         return put_parts(mesh, host, parts, config.batch_size, axis=1)
 
     def run(state: TrainState, step: int, most: int) -> tuple[TrainState, Metrics, int]:
-        # A function of the step alone: a resumed run sees the batches that it would have seen.
-        indices = [batches.indices(s) for s in range(step, step + min(most, capacity))]
-        enough = enough_places(indices[0])
-        # In another program last bits may move: each step takes its own, in any company.
-        indices = list(itertools.takewhile(lambda x: enough_places(x) == enough, indices))
-        count = len(indices)
-        # One shape for any number of steps; those after `count` are not run.
-        indices += indices[-1:] * (capacity - count)
-        inputs = to_devices(indices)
-        number = put(mesh, np.int32(count), REPLICATED)
+        with phases.during("input"):
+            # A function of the step alone: a resumed run sees the batches that it would have seen.
+            indices = [batches.indices(s) for s in range(step, step + min(most, capacity))]
+            enough = enough_places(indices[0])
+            # In another program last bits may move: each step takes its own, in any company.
+            indices = list(itertools.takewhile(lambda x: enough_places(x) == enough, indices))
+            count = len(indices)
+            # One shape for any number of steps; those after `count` are not run.
+            indices += indices[-1:] * (capacity - count)
+            inputs = to_devices(indices)
+            number = put(mesh, np.int32(count), REPLICATED)
         state, metrics = program(enough)(state, inputs, resident, constants, number)
         return state, metrics, count
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -65,6 +65,7 @@ class StepMetrics:
         checkpoints: Checkpoints of the run, which an error names the last of.
         batch_size: Number of examples in a step.
         log_every: Number of steps between two lines.
+        measure: Function from the number of steps of a line to further figures of it, by name.
 
     Attributes:
         seconds_a_step: Time of a step in the dispatch that was read last; 0 before the second one,
@@ -72,12 +73,18 @@ class StepMetrics:
     """
 
     def __init__(
-        self, writer: Writer, checkpoints: Checkpoints, batch_size: int, log_every: int
+        self,
+        writer: Writer,
+        checkpoints: Checkpoints,
+        batch_size: int,
+        log_every: int,
+        measure: Callable[[int], Mapping[str, float]],
     ) -> None:
         self._writer = writer
         self._checkpoints = checkpoints
         self._batch_size = batch_size
         self._log_every = log_every
+        self._measure = measure
         self.seconds_a_step = 0.0
         # The dispatch that the device works on: its last step, its metrics, its number of steps.
         self._pending: tuple[int, Mapping[str, jax.Array], int] | None = None
@@ -173,7 +180,10 @@ class StepMetrics:
             seconds = self._read_at - self._since
             means["examples_per_second"] = self._batch_size * self._timed_steps / seconds
             show["examples/s"] = f"{means['examples_per_second']:,.0f}"
-        self._writer.write(self._step, means, show=show)
+        measured = self._measure(len(self._window))
+        if "mfu" in measured:
+            show["mfu"] = f"{measured['mfu']:.1%}"
+        self._writer.write(self._step, means | dict(measured), show=show)
         self._window = []
         self._since = self._read_at
         self._timed_steps = 0

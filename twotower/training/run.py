@@ -41,6 +41,7 @@ from twotower.training.checkpoint import Checkpoints
 from twotower.training.checks import check_batch, check_memory, fits
 from twotower.training.init import abstract_state
 from twotower.training.loop import Miner, OnValidation, Validate, fit, open_checkpoints
+from twotower.training.monitoring.monitor import NOT_ASKED, Monitoring
 from twotower.training.state import Trainer, TrainState, resolve_kinds
 
 MakeValidate = Callable[[PreparedData, TwoTower], Validate]
@@ -84,6 +85,7 @@ def train(
     dataset: Dataset | None = None,
     tell: Callable[[DataReport], None] = log_report,
     on_validation: OnValidation | None = None,
+    monitoring: Monitoring = NOT_ASKED,
 ) -> None:
     """Trains a configuration in a folder, or goes on with the folder's run.
 
@@ -103,6 +105,7 @@ def train(
         dataset: The log itself, in the place of the one that the configuration names.
         tell: Function that shows the report of the data before the first step.
         on_validation: Function that is told of each validation; see `twotower.training.loop.fit`.
+        monitoring: What is watched while it trains.
 
     Raises:
         BusyError: Another training goes on in the folder.
@@ -149,6 +152,7 @@ def train(
             mine=mine,
             on_validation=on_validation,
             mesh=mesh,
+            monitoring=monitoring.with_rates(trainer, prepared, mesh),
         )
 
 

@@ -1,0 +1,127 @@
+"""All that watches a training while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+from absl import logging
+from jax.sharding import Mesh
+
+from twotower.pipeline.prepare import PreparedData
+from twotower.training.metrics import StepMetrics
+from twotower.training.monitoring.goodput import format_ledger
+from twotower.training.monitoring.heartbeat import Heartbeat
+from twotower.training.monitoring.phases import Phase, Phases
+from twotower.training.monitoring.profile import Profiler
+from twotower.training.monitoring.rates import Rates, device_name, find_kind
+from twotower.training.planning.plan import step_cost
+from twotower.training.planning.shapes import prepared_shapes
+from twotower.training.state import Trainer
+
+# Phases of which a line of metrics has the seconds of a step.
+_OF_STEP: tuple[Phase, ...] = ("input", "compute", "checkpoint", "validation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Monitoring:
+    """What is watched in a training.
+
+    Attributes:
+        kind: Kind of the devices, whose peaks are compared with, a key of
+            `twotower.training.planning.peaks.CHIPS`; "" takes that of the devices, if it is known.
+        profile_steps: First and last step of a profile; None for no profile.
+        rates: Work of a step against the devices' peaks; None where these are not known.
+    """
+
+    kind: str = ""
+    profile_steps: tuple[int, int] | None = None
+    rates: Rates | None = None
+
+    def with_rates(self, trainer: Trainer, data: PreparedData, mesh: Mesh) -> Monitoring:
+        """Returns the same with the work of a step, where the peaks of the devices are known.
+
+        Args:
+            trainer: Model, loss and optimizers.
+            data: Prepared data.
+            mesh: Devices of the run.
+        """
+        kind = find_kind(device_name(), self.kind)
+        if not kind:
+            return self
+        # A trace of the step, of which nothing is compiled.
+        cost = step_cost(trainer, prepared_shapes(data), mesh.size)
+        return dataclasses.replace(self, rates=Rates(kind, trainer.config.model.dtype, cost))
+
+
+# What every training shows.
+NOT_ASKED = Monitoring()
+
+
+class Monitor:
+    """Watches one start of a training; a context.
+
+    Args:
+        workdir: Folder of the run.
+        monitoring: What is watched.
+        phases: Clock of the training.
+        start: Step that the run goes on from.
+        steps: Number of steps of the whole run.
+    """
+
+    def __init__(
+        self, workdir: Path, monitoring: Monitoring, phases: Phases, *, start: int, steps: int
+    ) -> None:
+        self.phases = phases
+        self.profiler = Profiler(workdir, monitoring.profile_steps)
+        self.heartbeat = Heartbeat(workdir, phases, start=start, steps=steps)
+        self._rates = monitoring.rates
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Monitor:
+        self._open.enter_context(self.heartbeat)
+        self._open.enter_context(self.profiler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        # The last one to be entered is the first to see the error.
+        self._open.__exit__(*exception)  # type: ignore[arg-type]
+        if exception[0] is None:
+            logging.info("%s", format_ledger(self.heartbeat.ledger))
+
+    def note(self, step: int, metrics: StepMetrics) -> None:
+        """Notes a dispatch, and ends a profile that it was the last one of.
+
+        Args:
+            step: Last step of the dispatch.
+            metrics: Metrics of the steps, which know when the devices have done them.
+        """
+        # The first dispatch compiles.
+        self.phases.switch("compute")
+        self.heartbeat.note(step)
+        if not self.profiler.ends_at(step):
+            return
+        metrics.read()
+        with self.phases.during("other"):
+            self.profiler.stop()
+        metrics.resume()
+
+    def measure(self, steps: int) -> dict[str, float]:
+        """Returns figures on the time since the last call.
+
+        Args:
+            steps: Number of steps in that time.
+        """
+        spent = self.phases.since_last()
+        values = {}
+        for name in _OF_STEP:
+            values[f"step_seconds/{name}"] = spent[name] / steps
+        values["goodput"] = self.heartbeat.ledger.goodput
+        # Steps that were compiled in that time took none of it.
+        if self._rates is not None and not spent["start"]:
+            seconds = (spent["input"] + spent["compute"]) / steps
+            rates = self._rates.of_step(seconds)
+            self.heartbeat.note_rates(rates)
+            values |= rates
+        return values

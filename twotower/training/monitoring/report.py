@@ -1,0 +1,90 @@
+"""Where a run is and what its time went into, from the files in its folder."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from twotower.core.files import read_json
+from twotower.training.monitoring.goodput import format_ledger, read_ledger
+from twotower.training.monitoring.heartbeat import PERIOD, read_heartbeat
+from twotower.training.monitoring.stragglers import find_slowest, format_slowest, parse_beat
+
+
+def describe_run(workdir: Path) -> Iterator[str]:
+    """Yields lines on the training of a run.
+
+    Args:
+        workdir: Folder of the run.
+    """
+    content = read_heartbeat(workdir)
+    ledger = read_ledger(content)
+    beat = parse_beat(content)
+    if ledger is None or beat is None:
+        yield f"{workdir} is a run without a heartbeat: it was trained by an earlier version."
+        return
+    begun = datetime.datetime.fromtimestamp(ledger.begun).isoformat(sep=" ", timespec="seconds")
+    yield f"{workdir}: step {beat.step:,} of {content['steps']:,}, begun {begun}."
+    yield _format_state(content)
+    yield format_ledger(ledger)
+    yield (
+        f"A step: input {1000 * beat.own:.2f} ms, compute {1000 * beat.waiting:.2f} ms "
+        "(the host's time; it makes a batch while the devices compute)."
+    )
+    yield _format_rates(content.get("rates", {}))
+    yield from _format_processes(workdir, int(content["processes"]))
+
+
+def _format_state(content: dict[str, Any]) -> str:
+    state = content["state"]
+    if state == "ended":
+        return "It came to its end."
+    silent = time.time() - float(content["time"])
+    if state == "stopped":
+        return f"It was stopped {silent:,.0f} s ago; `train` goes on with it."
+    # Machines' clocks differ by less than that.
+    if silent < 10 * PERIOD:
+        return f"It trains: process {content['pid']} on {content['host']}."
+    return f"It has been silent for {silent:,.0f} s: the process has ended, or hangs."
+
+
+def _format_rates(rates: dict[str, float]) -> str:
+    """Returns a line on the share of the peaks, "-" where they are not known."""
+    if not rates:
+        return "MFU -, memory - (the devices' peaks are not known; --kind of `train` names them)."
+    moved = rates["bytes_per_second"] / 1e9
+    return (
+        f"MFU {rates['mfu']:.1%}, memory {moved:,.0f} GB/s ({rates['bandwidth']:.1%} of the peak), "
+        "of each device."
+    )
+
+
+def _format_processes(workdir: Path, processes: int) -> Iterator[str]:
+    """Yields a line for each process of several, and one on the slowest."""
+    if processes < 2:
+        return
+    beats = []
+    for process in range(processes):
+        beat = parse_beat(read_heartbeat(workdir, process))
+        if beat is None:
+            yield f"Process {process} has no heartbeat."
+            continue
+        beats.append(beat)
+        yield (
+            f"{beat.name}: step {beat.step:,}, {1000 * beat.own:.2f} ms of own work in a step, "
+            f"{1000 * beat.waiting:.2f} ms of waiting."
+        )
+    slowest = find_slowest(beats)
+    if slowest is None:
+        yield "No process stands out."
+    else:
+        yield format_slowest(slowest)
+
+
+def is_run(path: Path) -> bool:
+    """Returns whether a path is the folder of a run."""
+    config = path / "config.json"
+    return config.is_file() and "training" in read_json(config)
