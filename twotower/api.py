@@ -704,6 +704,7 @@ def export(
     registration: Registration | None = None,
     baseline: str = "",
     baseline_dim: int = 256,
+    shards: int = 1,
     **index_options: Any,
 ) -> Bundle:
     """Embeds the corpus, builds the index and writes the run's bundle folder.
@@ -718,6 +719,7 @@ def export(
         baseline: Baseline that is exported in the place of the towers, such as "item_knn", to
             `run.workdir / "bundle_item_knn"`; see `twotower.evaluation.baselines.factors`.
         baseline_dim: Greatest width of its vectors; a wider model is approximated.
+        shards: Number of shards that the items are divided into, by a hash of their ids.
         **index_options: Options of `config.retrieval` that replace those of the run, such as
             `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
 
@@ -738,6 +740,10 @@ def export(
             raise ConfigError(
                 "A version in MLflow is of the run's own towers: leave out --baseline."
             )
+        if shards > 1:
+            raise ConfigError(
+                f"--shards={shards} are of the run's own towers: leave out --baseline."
+            )
         folder = baseline_path(run, baseline)
         return export_baseline(
             run, baseline, folder, dim=baseline_dim, changes=changes, with_users=with_users
@@ -748,6 +754,7 @@ def export(
         changes=changes,
         with_users=with_users,
         figures=_figures(run),
+        shards=shards,
     )
     if registration is None:
         # Logged where the run was logged before, and nowhere else.

@@ -52,11 +52,11 @@ def with_other_weights(run, workdir):
     return dataclasses.replace(run, workdir=workdir, weights=weights)
 
 
-def write(run):
+def write(run, **options):
     """Writes the bundle of a run as `export` does, but for the proof that it scores as the trainer
     does, and returns its folder."""
     version = new_version(run.workdir / "bundle")
-    write_bundle(make_bundle(run), version, step=run.step)
+    write_bundle(make_bundle(run, **options), version, step=run.step)
     publish_version(version)
     return run.workdir / "bundle"
 

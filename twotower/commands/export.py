@@ -60,6 +60,14 @@ _BASELINE_DIM = flags.DEFINE_integer(
     flag_values=FLAGS,
 )
 _REGISTRY = mlflow_flags.define_registry(FLAGS)
+_SHARDS = flags.DEFINE_integer(
+    "shards",
+    1,
+    "Shards that the items are divided into by a hash of their ids, with an index each; see "
+    "`twotower serve --shard`.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 # These replace options of config.retrieval of the same name.
 _OPTIONS = (
     flags.DEFINE_float(
@@ -101,6 +109,7 @@ def main() -> None:
     options["registration"] = registration
     options["baseline"] = _BASELINE.value
     options["baseline_dim"] = _BASELINE_DIM.value
+    options["shards"] = _SHARDS.value
     bundle = api.export(run, with_users=not _WITHOUT_USERS.value, **options)
     folder = bundle.folder or run.workdir / api.BUNDLE
     print(format_bundle(bundle, folder))

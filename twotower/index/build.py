@@ -23,6 +23,7 @@ from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.core.kinds import Kinds
 from twotower.index.base import TUNING_QUERIES, Build, Index, LibraryIndex, check_vectors
 from twotower.index.exact import ExactIndex
+from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Vectors, append_coordinate, popularity_coordinate
 
 # Vectors below which exact search is quick enough, and ScaNN need not be imported.
@@ -155,6 +156,7 @@ def index_items(
     counts: np.ndarray,
     users: np.ndarray,
     like: Index | None = None,
+    shards: Sequence[np.ndarray] = (),
 ) -> Index:
     """Builds the index of a bundle.
 
@@ -164,6 +166,8 @@ def index_items(
         counts: int [N], training rows of each item.
         users: float [U, D], user vectors to tune on; without any, items are taken.
         like: Index over earlier vectors; see `build_index`.
+        shards: Rows of the items of each shard, rising; one index is built of each, tuned on its
+            own vectors. None by default: a single index of all items.
     """
     if not len(users):
         # Of a bundle without users: items are vectors of the same space.
@@ -174,14 +178,29 @@ def index_items(
         vectors = append_coordinate(vectors, coordinate)
         # Tuned for weight 0, the plain dot product.
         queries = append_coordinate(queries, 0.0)
-    return build_index(
-        vectors,
-        config.retrieval,
-        normalized=config.model.normalize,
-        queries=queries,
-        popularity=counts,
-        like=like,
-    )
+
+    def build(vectors: Vectors, counts: np.ndarray, like: Index | None) -> Index:
+        # Nothing can be learned of no vectors.
+        if not len(vectors):
+            return ExactIndex(np.asarray(vectors), normalized=config.model.normalize)
+        return build_index(
+            vectors,
+            config.retrieval,
+            normalized=config.model.normalize,
+            queries=queries,
+            popularity=counts,
+            like=like,
+        )
+
+    if not shards:
+        return build(vectors, counts, like)
+    before = like.parts if isinstance(like, DividedIndex) else ()
+    parts = []
+    for number, rows in enumerate(shards):
+        part_before = before[number] if number < len(before) else None
+        # The coordinate of popularity is that of the whole: one query asks all shards.
+        parts.append(build(vectors[rows], counts[rows], part_before))
+    return DividedIndex(parts, shards)
 
 
 def builds_to_compare(

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 from twotower.core.arrays import Ragged, next_power_of_two, pad_pairs, pad_rows, round_up
 from twotower.core.fork import check_fork
 from twotower.index.base import check_queries, check_scores, check_vectors, list_length
-from twotower.kernels.top_k import GROUP, RunningTopK, group_size
+from twotower.kernels.top_k import RunningTopK, group_size
 
 # JAX is loaded where items are put on devices: a bundle has this class of index beside others, and
 # most answers need none of its programs.
@@ -32,6 +32,9 @@ BLOCK_QUERIES = 4_096
 # each time, which is half of a search's time; and the devices of a mesh share one memory.
 HOST_BLOCK_BYTES = 2**25 - 2**20
 HOST_BLOCK_QUERIES = 1_024
+# Items that the length of a block is a multiple of on a CPU: XLA then adds the products of a score
+# in one order, whichever items stand beside it. Measured: 32 are too few.
+HOST_BLOCK_MULTIPLE = 64
 
 
 def top_k(
@@ -96,11 +99,12 @@ class ExactIndex:
         # A small corpus is one block as long as itself, not one padded to `item_block`.
         self._device_rows = max(1, min(item_block, items_per_device))
         self._block_rows = self._device_rows * devices
-        # Only the last block is padded: to equal parts on a mesh, to whole groups on the host (a
-        # length without small divisors would leave groups of one).
+        # Only the last block is padded: to equal parts on a mesh; on the host to whole groups (a
+        # length without small divisors would leave groups of one), and for scores that are the same
+        # to the bit.
         multiple = devices
-        if self._on_host and self._device_rows >= GROUP:
-            multiple = GROUP
+        if self._on_host:
+            multiple = HOST_BLOCK_MULTIPLE
         self._blocks: list[jax.Array] = []
         for first in range(0, self.num_items, self._block_rows):
             block = vectors[first : first + self._block_rows]

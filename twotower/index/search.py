@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +18,7 @@ from numpy.typing import ArrayLike
 from twotower.core.arrays import Ragged
 from twotower.index.base import Index, check_queries, check_scores, list_length
 from twotower.index.exact import ExactIndex
+from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Vectors
 from twotower.kernels.top_k import RunningTopK
 
@@ -93,7 +95,8 @@ def search_filtered(
     if exclude is None:
         exclude = Ragged.empty(len(queries))
     # Exact search takes exclusions itself: nothing is fetched in vain.
-    if isinstance(index, ExactIndex) and allowed is None:
+    is_exact = _takes_exclusions(index)
+    if is_exact and allowed is None:
         return index.search(queries, max(1, k), exclude=exclude)
     num_allowed = index.num_items
     if allowed is not None:
@@ -104,7 +107,7 @@ def search_filtered(
     # Too many candidates to fetch, or few enough allowed items to compare them all.
     is_wide = fetched > k + 2 * MAX_OVERFETCH
     is_narrow = num_allowed <= BRUTE_FORCE_FACTOR * fetched < index.num_items
-    if isinstance(index, ExactIndex) or is_wide or is_narrow:
+    if is_exact or is_wide or is_narrow:
         queries = check_queries(queries, index.dim, normalized=index.normalized)
         among = _allowed_list(allowed)
         return brute_force_search(
@@ -137,6 +140,11 @@ def search_filtered(
             extra_coordinate=extra_coordinate,
         )
     return scores, rows
+
+
+def _takes_exclusions(index: Index) -> TypeGuard[ExactIndex | DividedIndex]:
+    """Whether an index compares all items, and can leave some of them out."""
+    return isinstance(index, ExactIndex) or (isinstance(index, DividedIndex) and index.is_exact)
 
 
 def _num_fetched(num_items: int, num_allowed: int, k: int, max_excluded: int) -> int:

@@ -19,6 +19,15 @@ index/           the index over the item vectors
 golden.json      requests with the answers that a server must reproduce
 ```
 
+A divided bundle has its corpus in shards (see `twotower.retrieval.shards.assign`), and the manifest
+their number. Each has the files of the corpus, of its own items alone, and their rows in the whole:
+
+```
+shards/0/        item_vectors.npy  item_scales.npy  items.parquet  item_counts.npy  item_rows.npy
+                 index/
+shards/1/ ...
+```
+
 An exported bundle keeps these in a version, `v-1/` and so on, and names the current one in the file
 `current`: see `twotower.core.files`. A folder that holds them itself is a bundle too. Vectors are
 mapped into memory, not read. Changes made to a loaded bundle are kept beside its version: see
@@ -68,6 +77,7 @@ from twotower.features.inputs import SIDES
 from twotower.index.base import Index
 from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
+from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Int8Vectors, Vectors, append_coordinate, popularity_coordinate
 from twotower.retrieval.tower_programs import (
     TowerPrograms,
@@ -90,6 +100,23 @@ INDEX_SETTINGS = ("kind", "target_recall", "hnsw_m", "hnsw_ef_construction")
 # Entries of the manifest that were measured on the run, at its export.
 OF_THE_RUN = ("against_full", "baseline", "data", "figures", "refit")
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Corpus:
+    """The items of a bundle, or of one of its shards.
+
+    Attributes:
+        vectors: Item vectors, float32 [N, D], or int8 that is read as such.
+        items: item_id and display columns, N rows.
+        counts: Training rows of each item, int64 [N].
+        index: Index over `vectors`.
+    """
+
+    vectors: Vectors
+    items: pa.Table
+    counts: np.ndarray
+    index: Index
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,17 +213,21 @@ def write_bundle(
         with pa.OSFile(str(folder / EVENTS), "wb") as file:
             with pa.ipc.new_file(file, bundle.seen_events.schema) as writer:
                 writer.write_table(bundle.seen_events)
-    pq.write_table(bundle.items, folder / "items.parquet")
     pq.write_table(bundle.users, folder / "users.parquet")
     if golden is not None:
         text = json.dumps(golden, ensure_ascii=False)
         (folder / GOLDEN).write_text(text, encoding="utf-8")
     version = model_version(bundle.towers.weights)
-    # The index says what it was built from, so that it cannot be put beside other vectors or
-    # another user tower.
-    indexed = [name for name in INDEXED if (folder / f"item_{name}.npy").exists()]
-    built_from = {name: digest(folder / f"item_{name}.npy") for name in indexed}
-    index = save_index(bundle.index, folder / INDEX, model_version=version, **built_from)
+    corpus = Corpus(bundle.vectors, bundle.items, bundle.counts, bundle.index)
+    if isinstance(bundle.index, DividedIndex):
+        more["shards"] = len(bundle.index.parts)
+        settings = [
+            _write_shard(corpus, bundle.index, number, folder, version)
+            for number in range(len(bundle.index.parts))
+        ]
+        index = settings[0] | {"kind": bundle.index.kind}
+    else:
+        index = _write_corpus(corpus, folder, version)
     manifest = {
         "format": FORMAT,
         "format_version": VERSION,
@@ -229,6 +260,52 @@ def write_bundle(
     manifest["sha256"] = content_digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     return manifest
+
+
+def _write_shard(
+    corpus: Corpus, index: DividedIndex, number: int, folder: Path, version: str
+) -> dict[str, Any]:
+    """Writes the items of one shard, and returns the settings of its index."""
+    rows = index.rows[number]
+    vectors = corpus.vectors[rows]
+    if isinstance(corpus.vectors, Int8Vectors):
+        # As they are: quantised once more, the scales would differ by rounding.
+        vectors = Int8Vectors(corpus.vectors.codes[rows], corpus.vectors.scales[rows])
+    shard = folder / shard_name(number)
+    shard.mkdir(parents=True)
+    np.save(shard / "item_rows.npy", rows, allow_pickle=False)
+    items = corpus.items.take(pa.array(rows))
+    part = Corpus(vectors, items, corpus.counts[rows], index.parts[number])
+    return _write_corpus(part, shard, version)
+
+
+def _write_corpus(corpus: Corpus, folder: Path, version: str) -> dict[str, Any]:
+    """Writes items with their index into a folder, and returns the settings of the index.
+
+    Args:
+        corpus: Items.
+        folder: Folder to write into.
+        version: Version of the model.
+    """
+    vectors = corpus.vectors
+    arrays = {"item_counts": corpus.counts}
+    if isinstance(vectors, Int8Vectors):
+        arrays |= {"item_vectors": vectors.codes, "item_scales": vectors.scales}
+    else:
+        arrays |= {"item_vectors": vectors}
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    pq.write_table(corpus.items, folder / "items.parquet")
+    # The index says what it was built from, so that it cannot be put beside other vectors or
+    # another user tower.
+    indexed = [name for name in INDEXED if f"item_{name}" in arrays]
+    built_from = {name: digest(folder / f"item_{name}.npy") for name in indexed}
+    return save_index(corpus.index, folder / INDEX, model_version=version, **built_from)
+
+
+def shard_name(number: int) -> str:
+    """Returns the folder of a shard in that of its bundle."""
+    return f"shards/{number}"
 
 
 def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundle:
@@ -266,21 +343,20 @@ def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundl
         # it.
         kinds = read_record(files)
         note_origins(kinds)
-        counts = _map_array(files, "item_counts")
-        vectors = _stored_vectors(files, config.retrieval.vectors)
+        corpus = _read_corpus(files, manifest, config, lost)
         user_vectors = _map_array(files, "user_vectors")
-        _check_arrays(files, vectors, user_vectors, counts)
+        _check_vectors(files / "user_vectors.npy", user_vectors)
         bundle = Bundle(
             config=config,
             encoder=Encoder.load(files / "encoder"),
             towers=_read_towers(files, weights),
-            vectors=vectors,
-            items=_read_rows(files / "items.parquet", len(vectors)),
-            counts=counts,
+            vectors=corpus.vectors,
+            items=corpus.items,
+            counts=corpus.counts,
             user_vectors=user_vectors,
             users=_read_rows(files / "users.parquet", len(user_vectors)),
             seen=Ragged(_map_array(files, "seen_offsets"), _map_array(files, "seen_items")),
-            index=_load_index(files, manifest, lost, _indexed_vectors(config, vectors, counts)),
+            index=corpus.index,
             seen_events=_map_events(files),
             kinds=kinds,
             probability=manifest.get("probability"),
@@ -302,33 +378,100 @@ def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundl
     return bundle
 
 
-def _check_arrays(
-    folder: Path, vectors: Vectors, user_vectors: np.ndarray, counts: np.ndarray
-) -> None:
+def _read_corpus(
+    files: Path, manifest: Mapping[str, Any], config: Config, lost: Sequence[str]
+) -> Corpus:
+    """Returns the items of a bundle; those of shards in the order of the whole, and in memory.
+
+    Args:
+        files: Folder of the files.
+        manifest: Content of manifest.json.
+        config: Configuration of the run.
+        lost: Files of the index that are missing.
+    """
+    if not manifest.get("shards"):
+        vectors, items, counts = read_items(files, config)
+        indexed = _indexed_vectors(config, vectors, counts)
+        return Corpus(vectors, items, counts, load_part(files, "", manifest, lost, indexed))
+    rows = []
+    parts = []
+    for number in range(manifest["shards"]):
+        folder = files / shard_name(number)
+        rows.append(_map_array(folder, "item_rows"))
+        parts.append(read_items(folder, config))
+    _check_shard_rows(files, rows, [len(part[0]) for part in parts])
+    vectors = _join_vectors([part[0] for part in parts], rows)
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    items = pa.concat_tables([part[1] for part in parts]).take(pa.array(order))
+    counts = np.concatenate([part[2] for part in parts])[order]
+    # The coordinate of popularity is that of the whole.
+    indexed = _indexed_vectors(config, vectors, counts)
+    indices = []
+    for number, own in enumerate(rows):
+        name = shard_name(number)
+        indices.append(load_part(files, name, manifest, lost, indexed[own]))
+    return Corpus(vectors, items, counts, DividedIndex(indices, rows))
+
+
+def read_items(folder: Path, config: Config) -> tuple[Vectors, pa.Table, np.ndarray]:
+    """Returns the vectors, the display columns and the training rows of the items in a folder.
+
+    Args:
+        folder: Folder of a bundle's files, or of one of its shards.
+        config: Configuration of the run.
+    """
+    counts = _map_array(folder, "item_counts")
+    vectors = _stored_vectors(folder, config.retrieval.vectors)
     _check_vectors(folder / "item_vectors.npy", vectors)
-    _check_vectors(folder / "user_vectors.npy", user_vectors)
     _check_counts(folder / "item_counts.npy", counts)
     if len(counts) != len(vectors):
         raise BundleError(
             f"{folder}: item_vectors.npy and item_counts.npy differ in length ({len(vectors)}, "
             f"{len(counts)}). Export again."
         )
+    return vectors, _read_rows(folder / "items.parquet", len(vectors)), counts
+
+
+def _join_vectors(parts: Sequence[Vectors], rows: Sequence[np.ndarray]) -> Vectors:
+    """Returns the vectors of all shards in the order of the whole."""
+    first = parts[0]
+    if isinstance(first, Int8Vectors):
+        int8 = [part for part in parts if isinstance(part, Int8Vectors)]
+        codes = _join_arrays([part.codes for part in int8], rows)
+        return Int8Vectors(codes, _join_arrays([part.scales for part in int8], rows))
+    return _join_arrays([part for part in parts if isinstance(part, np.ndarray)], rows)
+
+
+def _join_arrays(parts: Sequence[np.ndarray], rows: Sequence[np.ndarray]) -> np.ndarray:
+    # One shard after another: all of them beside the whole would take twice its memory.
+    total = sum(map(len, rows))
+    joined = np.empty((total, *parts[0].shape[1:]), parts[0].dtype)
+    for part, own in zip(parts, rows, strict=True):
+        joined[own] = part
+    return joined
+
+
+def _check_shard_rows(folder: Path, rows: Sequence[np.ndarray], lengths: Sequence[int]) -> None:
+    """Refuses shards whose rows are not all rows of the whole, each once and rising."""
+    joined = np.concatenate(rows)
+    is_whole = joined.dtype == np.int64 and joined.ndim == 1
+    is_whole = is_whole and [len(own) for own in rows] == list(lengths)
+    if is_whole:
+        is_rising = all((np.diff(own) > 0).all() for own in rows)
+        is_whole = is_rising and (np.sort(joined) == np.arange(len(joined))).all()
+    if not is_whole:
+        raise BundleError(
+            f"{folder}/shards: the files item_rows.npy do not divide one corpus. Export again."
+        )
 
 
 def _arrays(bundle: Bundle) -> dict[str, np.ndarray]:
-    """Returns the arrays that are written as .npy, by name."""
-    arrays = {
-        "item_counts": bundle.counts,
+    """Returns the arrays of the users that are written as .npy, by name."""
+    return {
         "user_vectors": bundle.user_vectors,
         "seen_offsets": bundle.seen.offsets,
         "seen_items": bundle.seen.values,
     }
-    if isinstance(bundle.vectors, Int8Vectors):
-        return arrays | {
-            "item_vectors": bundle.vectors.codes,
-            "item_scales": bundle.vectors.scales,
-        }
-    return arrays | {"item_vectors": bundle.vectors}
 
 
 def personal_columns(bundle: Bundle) -> dict[str, list[str]]:
@@ -423,23 +566,26 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _lost_index_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Returns the files of the index that are missing from a bundle."""
-    names = [name for name in manifest["files"] if name.startswith(f"{INDEX}/")]
+    names = [name for name in manifest["files"] if PurePosixPath(name).parent.name == INDEX]
     return [name for name in names if not (folder / name).exists()]
 
 
-def _load_index(
-    folder: Path, manifest: Mapping[str, Any], lost: Sequence[str], vectors: Vectors
+def load_part(
+    files: Path, part: str, manifest: Mapping[str, Any], lost: Sequence[str], vectors: Vectors
 ) -> Index:
-    """Returns the index of a bundle, or exact search where a file of it is lost.
+    """Returns an index of a bundle, or exact search where a file of it is lost.
 
     Args:
-        folder: Folder of the files.
+        files: Folder of the bundle's files.
+        part: Folder of a shard in it; "" for the whole.
         manifest: Content of manifest.json.
-        lost: Files of the index that are missing.
+        lost: Files of indices that are missing.
         vectors: Vectors that the index was built from.
     """
+    folder = files / part
+    lost = [name for name in lost if PurePosixPath(name).parent.parent == PurePosixPath(part)]
     if not lost:
-        _check_index(folder, manifest)
+        _check_index(folder, part, manifest)
         return load_index(folder / INDEX, vectors)
     # Slower, and the same items or better ones: no reason to refuse answers.
     logging.warning(
@@ -453,12 +599,13 @@ def _load_index(
     return ExactIndex(vectors, normalized=manifest["normalized"])
 
 
-def _check_index(folder: Path, manifest: Mapping[str, Any]) -> None:
+def _check_index(folder: Path, part: str, manifest: Mapping[str, Any]) -> None:
     """Refuses an index over other vectors, or over items of another model."""
+    known = manifest["files"]
     info = json.loads((folder / INDEX / "index.json").read_text())
     # No scales on either side where vectors are float32.
     for name in INDEXED:
-        if info.get(name) != manifest["files"].get(f"item_{name}.npy"):
+        if info.get(name) != known.get(str(PurePosixPath(part) / f"item_{name}.npy")):
             raise BundleError(
                 f"{folder}/{INDEX} was built from other {name} than item_{name}.npy. Export again."
             )

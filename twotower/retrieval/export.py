@@ -35,6 +35,7 @@ from twotower.retrieval.bundle import Bundle, load_bundle, write_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.live.carry import publish_with_changes
 from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.shards.assign import rows_of_shards
 from twotower.retrieval.tower_programs import TowerPrograms, embedding_weights, export_tower
 from twotower.retrieval.user_items import items_of_users, latest_rows, rows_of_items
 from twotower.retrieval.users import UserRows
@@ -53,6 +54,7 @@ def export(
     changes: Literal["carry", "drop"] = "carry",
     with_users: bool = True,
     figures: Mapping[str, Any] | None = None,
+    shards: int = 1,
 ) -> Bundle:
     """Writes the bundle of a run; an existing one is replaced only when the new one is whole.
 
@@ -64,6 +66,7 @@ def export(
         with_users: Whether the bundle holds the known users, with what they had. Without them,
             known users are answered as new ones are.
         figures: Further entries of the manifest: what was measured of the run.
+        shards: Number of shards that the items are divided into; 1 leaves them whole.
 
     Returns:
         The bundle, with its manifest. If vectors are cut or stored as int8, the loss is measured
@@ -77,7 +80,7 @@ def export(
     """
     stays = "The bundle before stays as it was. Give the same command again."
     with explain_full_disk(folder, stays), exclusive(folder, "export"):
-        bundle = make_bundle(run)
+        bundle = make_bundle(run, shards=shards)
         users = bundle.users
         more: dict[str, Any] = {**(figures or {}), "data": describe_data(run.prepared)}
         if not _has_full_vectors(run, bundle):
@@ -100,8 +103,12 @@ def export(
     return dataclasses.replace(bundle, manifest=manifest, folder=folder, version=version)
 
 
-def make_bundle(run: Run) -> Bundle:
+def make_bundle(run: Run, *, shards: int = 1) -> Bundle:
     """Embeds the corpus and the users of a run, and builds the index: a bundle in memory.
+
+    Args:
+        run: A trained run, with the weights of one of its checkpoints.
+        shards: Number of shards that the items are divided into; 1 leaves them whole.
 
     Raises:
         ConfigError: `config.retrieval.dim` is not a width that the model was trained for.
@@ -114,6 +121,8 @@ def make_bundle(run: Run) -> Bundle:
         logit = None
     run = dataclasses.replace(run, model=model)
     prepared = run.prepared
+    # Before the work: there may be too many of them.
+    rows = rows_of_shards(prepared.items["item_id"], shards) if shards > 1 else ()
     vectors = embed_rows(run.model, run.weights, "item", prepared.features["item"])
     if run.config.retrieval.vectors == "int8":
         vectors = quantize(vectors)
@@ -132,7 +141,7 @@ def make_bundle(run: Run) -> Bundle:
         counts=counts,
         user_vectors=user_vectors,
         users=users,
-        index=index_items(run.config, vectors, counts, user_vectors),
+        index=index_items(run.config, vectors, counts, user_vectors, shards=rows),
         seen=seen,
         seen_events=events_of_items(prepared, positives, rows_of_items(positives, seen)),
         kinds=make_record(run.config.plugins, files=False),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -323,23 +323,34 @@ def _read_bundle(
         raise BundleError(f"{path} was changed after it was written. Export again.")
     digests = manifest["files"]
     # Only these are hashed and read: a bundle holds much more.
-    names = {"user_vectors.npy", "users.parquet", "item_vectors.npy", "items.parquet"}
+    read = {"user_vectors.npy", "users.parquet", "item_vectors.npy", "items.parquet"}
     # Only beside vectors that are stored as int8: multiples of their row's scale.
-    names |= {"item_scales.npy"} & set(digests)
+    read.add("item_scales.npy")
+    names = [name for name in digests if PurePosixPath(name).name in read]
     check_files(folder, {name: digests[name] for name in names})
     ids = {}
     vectors = {}
     for side in SIDES:
-        column = f"{side}_id"
-        # One column: users may have many, and histories.
-        with pq.ParquetFile(folder / f"{side}s.parquet") as file:
-            ids[side] = file.read(columns=[column])[column].to_pylist()
-        vectors[side] = np.load(folder / f"{side}_vectors.npy", allow_pickle=False)
-    if "item_scales.npy" in names:
-        scales = np.load(folder / "item_scales.npy", allow_pickle=False)
-        # Whole float32 in memory: pairs are read at random, and int8 saves the disk alone here.
-        vectors["item"] = vectors["item"] * scales[:, None]
+        # Pairs are looked up by their ids: the items of shards need not be in their first order.
+        homes = sorted(PurePosixPath(x).parent for x in names if x.endswith(f"{side}s.parquet"))
+        parts = [_read_side(folder / home, side) for home in homes]
+        ids[side] = [name for part_ids, _ in parts for name in part_ids]
+        vectors[side] = np.concatenate([part for _, part in parts])
     return ids, vectors, manifest.get("probability")
+
+
+def _read_side(folder: Path, side: str) -> tuple[list[str], np.ndarray]:
+    """Returns the ids and the vectors of one side in a folder."""
+    column = f"{side}_id"
+    # One column: users may have many, and histories.
+    with pq.ParquetFile(folder / f"{side}s.parquet") as file:
+        ids = file.read(columns=[column])[column].to_pylist()
+    vectors = np.load(folder / f"{side}_vectors.npy", allow_pickle=False)
+    scales = folder / f"{side}_scales.npy"
+    if scales.exists():
+        # Whole float32 in memory: pairs are read at random, and int8 saves the disk alone here.
+        vectors = vectors * np.load(scales, allow_pickle=False)[:, None]
+    return ids, vectors
 
 
 def _read_vectors(side: str, vectors: ArrayLike) -> np.ndarray:

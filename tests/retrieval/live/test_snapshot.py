@@ -90,7 +90,7 @@ def test_any_sequence_of_changes_equals_a_dictionary(index):
                 model.pop(i, None) is not None for i in ids
             )
         else:
-            catalogue.rebalance(lambda vectors, counts: index(vectors))
+            catalogue.rebalance(lambda vectors, items, counts: index(vectors))
         some = [i for i in ids if i in catalogue.numbers]
         check(catalogue.snapshot, model, queries, exclude=some, numbers=catalogue.numbers)
         if step % 7 == 0:
@@ -146,7 +146,7 @@ def test_changes_while_the_index_is_built_are_in_it():
     assert (
         catalogue.snapshot.version > versions[0] and catalogue.snapshot.num_slots == 4
     )  # i2, i3, new1, later
-    catalogue.rebalance(lambda vectors, counts: ExactIndex(vectors))
+    catalogue.rebalance(lambda vectors, items, counts: ExactIndex(vectors))
     check(catalogue.snapshot, model, queries, numbers=catalogue.numbers)
     assert catalogue.snapshot.num_slots == 0 and catalogue.snapshot.num_removed == 0
 
@@ -157,7 +157,7 @@ def test_nothing_at_all_can_be_searched_and_filled():
     queries = rng.normal(size=(2, DIM)).astype(np.float32)
     catalogue.delete(list(model))
     check(catalogue.snapshot, {}, queries, numbers=catalogue.numbers)
-    catalogue.rebalance(lambda vectors, counts: ExactIndex(vectors))
+    catalogue.rebalance(lambda vectors, items, counts: ExactIndex(vectors))
     check(catalogue.snapshot, {}, queries, numbers=catalogue.numbers)
     model.clear()
     upsert(catalogue, model, ["i1", "again"], rng)

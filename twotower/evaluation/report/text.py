@@ -24,6 +24,7 @@ from twotower.evaluation.metrics import CORPUS_METRICS, LIST_METRICS, RANKING_ME
 from twotower.evaluation.report.slice_table import format_slices
 from twotower.evaluation.tuned import describe_tuning
 from twotower.index.base import Index
+from twotower.index.shards.divided import DividedIndex
 from twotower.index.tuning_report import format_tuning
 from twotower.retrieval.bundle import Bundle
 
@@ -263,6 +264,9 @@ def _baseline_line(manifest: Mapping[str, Any]) -> str:
 
 def describe_index(index: Index) -> str:
     """Returns the index in words, with its recall where it was tuned."""
+    if isinstance(index, DividedIndex):
+        parts = [describe_index(part) for part in index.parts]
+        return f"{len(parts)} shards ({'; '.join(parts)})"
     tuning = getattr(index, "tuning", None)
     if tuning is None or not tuning.efforts:
         return f"{index.kind} index"

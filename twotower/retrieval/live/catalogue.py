@@ -24,8 +24,8 @@ from twotower.retrieval.live.snapshot import Snapshot
 MAX_COMPARED_IDS = 20_000  # ids compared with a misspelt one
 MAX_COMPARED_LENGTH = 64  # characters of it
 
-# (item vectors [N, D], training rows of each [N]) -> an index over them
-BuildIndex = Callable[[Vectors, np.ndarray], Index]
+# (item vectors [N, D], items with their ids, training rows of each [N]) -> an index over them
+BuildIndex = Callable[[Vectors, pa.Table, np.ndarray], Index]
 
 
 class LiveCatalogue:
@@ -236,7 +236,7 @@ class LiveCatalogue:
         numbers, vectors, items = then.all_items()
         counts = self.counts_of(numbers)
         # The long part, without the lock.
-        index = build(vectors, counts)
+        index = build(vectors, items, counts)
         with self.lock:
             now = self.snapshot
             base = BaseSegment.build(

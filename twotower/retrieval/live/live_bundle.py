@@ -30,6 +30,7 @@ from twotower.core.files import (
 )
 from twotower.index.base import Index
 from twotower.index.build import index_items
+from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Vectors
 from twotower.retrieval.bundle import OF_THE_RUN, Bundle, load_bundle, write_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
@@ -42,6 +43,7 @@ from twotower.retrieval.live.log import (
     changes_path,
 )
 from twotower.retrieval.live.snapshot import Snapshot
+from twotower.retrieval.shards.assign import rows_of_shards
 
 
 class Compaction(NamedTuple):
@@ -308,7 +310,7 @@ class LiveBundle:
         # Without changes the index is right as it is, and building it would take minutes.
         index = then.base.index
         if then.num_slots or then.num_removed:
-            index = self._index(vectors, counts)
+            index = self._index(vectors, items, counts)
         return dataclasses.replace(
             self.bundle,
             vectors=vectors,
@@ -320,7 +322,13 @@ class LiveBundle:
             manifest={},
         )
 
-    def _index(self, vectors: Vectors, counts: np.ndarray) -> Index:
-        # Tuned on the users of the export: vectors of others are not kept.
+    def _index(self, vectors: Vectors, items: pa.Table, counts: np.ndarray) -> Index:
         bundle = self.bundle
-        return index_items(bundle.config, vectors, counts, bundle.user_vectors, bundle.index)
+        shards = ()
+        # New items go to the shard of their hash.
+        if isinstance(bundle.index, DividedIndex):
+            shards = rows_of_shards(items["item_id"], len(bundle.index.parts))
+        # Tuned on the users of the export: vectors of others are not kept.
+        return index_items(
+            bundle.config, vectors, counts, bundle.user_vectors, bundle.index, shards
+        )

@@ -1,0 +1,123 @@
+"""A bundle in shards against the bundle as it is."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from tests.retrieval.runs import storing, write
+from twotower.core.errors import BundleError, ConfigError
+from twotower.core.files import current_version
+from twotower.index.shards.divided import DividedIndex
+from twotower.retrieval import golden
+from twotower.retrieval.bundle import load_bundle
+from twotower.retrieval.match import MatchModel
+from twotower.retrieval.retriever import Retriever
+from twotower.retrieval.shards.assign import rows_of_shards, shards_of
+
+SHARDS = 3
+
+
+def divided(run, folder, shards=SHARDS):
+    """The folder of the run's bundle, in shards."""
+    folder.mkdir(exist_ok=True)
+    return write(dataclasses.replace(run, workdir=folder), shards=shards)
+
+
+@pytest.fixture(scope="module")
+def in_shards(run, tmp_path_factory):
+    """The folder of the bundle: not to be changed."""
+    return divided(run, tmp_path_factory.mktemp("divided"))
+
+
+def lists(retriever, **options):
+    users = retriever.bundle.users["user_id"][:40].to_pylist()
+    return retriever.recommend_many(users, 7, **options)
+
+
+def test_the_shard_of_an_item_stays_what_it_was():
+    # Those of bundles that were written: a change would part them from their new items.
+    ids = pa.chunked_array([["a", "item-1", "1"], ["", "äö"]])
+    assert shards_of(ids, 1_000).tolist() == [345, 811, 553, 535, 43]
+    rows = rows_of_shards(pa.chunked_array([[str(number) for number in range(30_000)]]), 3)
+    assert all(abs(len(own) - 10_000) < 400 for own in rows)
+    assert np.sort(np.concatenate(rows)).tolist() == list(range(30_000))
+    with pytest.raises(ConfigError, match="--shards=6 are more than the 5 items"):
+        rows_of_shards(ids, 6)
+
+
+def test_a_divided_bundle_answers_as_the_whole_one_to_the_bit(in_shards, retriever):
+    loaded = Retriever.load(in_shards)
+    bundle = loaded.bundle
+    assert isinstance(bundle.index, DividedIndex) and len(bundle.index.parts) == SHARDS
+    for number, rows in enumerate(bundle.index.rows):
+        of_rows = shards_of(bundle.items["item_id"].take(pa.array(rows)), SHARDS)
+        assert set(of_rows.tolist()) == {number}
+    np.testing.assert_array_equal(bundle.vectors, retriever.bundle.vectors)
+    assert bundle.items.equals(retriever.bundle.items)
+    item = bundle.items["item_id"][3].as_py()
+    category = bundle.items["category"][0].as_py()
+    for options in (
+        {},
+        {"exclude_seen": False, "where": {"category": category}},
+        {"deny": [item], "rerank": "mmr:diversity=0.5"},
+        {"allow": bundle.items["item_id"][:5].to_pylist()},
+    ):
+        assert lists(loaded, **options).equals(lists(retriever, **options))
+    for name in ("similar_items", "popular_items"):
+        arguments = (item,) if name == "similar_items" else ()
+        assert getattr(loaded, name)(*arguments) == getattr(retriever, name)(*arguments)
+    assert golden.make(bundle) == golden.make(retriever.bundle)
+
+
+def test_changes_of_a_divided_bundle_go_to_the_shard_of_their_hash(in_shards, exported, tmp_path):
+    folders = [shutil.copytree(x, tmp_path / str(n)) for n, x in enumerate((in_shards, exported))]
+    retrievers = [Retriever.load(folder) for folder in folders]
+    gone = retrievers[0].bundle.items["item_id"][2].as_py()
+    vectors = retrievers[0].bundle.user_vectors[:4]
+    for each in retrievers:
+        each.upsert([{"item_id": f"new {number}"} for number in range(4)], vectors=vectors)
+        each.delete([gone])
+    assert lists(retrievers[0]).equals(lists(retrievers[1]))
+    retrievers[0].compact()
+    retrievers[1].compact()
+    loaded = Retriever.load(folders[0])
+    index = loaded.bundle.index
+    assert isinstance(index, DividedIndex) and loaded.bundle.manifest["shards"] == SHARDS
+    of_item = shards_of(loaded.bundle.items["item_id"], SHARDS)
+    for number, rows in enumerate(index.rows):
+        assert rows.tolist() == np.flatnonzero(of_item == number).tolist()
+    assert "new 3" in loaded.bundle.items["item_id"].to_pylist()
+    assert lists(loaded).equals(lists(Retriever.load(folders[1])))
+
+
+def test_int8_vectors_and_popularity_are_those_of_the_whole(run, tmp_path):
+    stored = storing(run, vectors="int8", popularity=True)
+    whole = Retriever.load(divided(stored, tmp_path / "whole", 1))
+    parts = Retriever.load(divided(stored, tmp_path / "parts"))
+    np.testing.assert_array_equal(whole.bundle.vectors.codes, parts.bundle.vectors.codes)
+    np.testing.assert_array_equal(whole.bundle.vectors.scales, parts.bundle.vectors.scales)
+    for weight in (0.0, 0.7):
+        options = {"popularity_weight": weight}
+        assert lists(parts, **options).equals(lists(whole, **options))
+
+
+def test_pairs_are_matched_by_the_vectors_of_all_shards(in_shards, exported):
+    users = load_bundle(exported).users["user_id"][:3].to_pylist()
+    items = load_bundle(exported).items["item_id"][-3:].to_pylist()
+    scores = [MatchModel.load(folder).match(users, items) for folder in (in_shards, exported)]
+    np.testing.assert_array_equal(*scores)
+
+
+def test_shards_that_do_not_belong_together_are_refused(in_shards, tmp_path):
+    folder = shutil.copytree(current_version(in_shards), tmp_path / "bundle")
+    first = folder / "shards" / "0"
+    first.rename(tmp_path / "kept")
+    shutil.copytree(folder / "shards" / "1", first)
+    with pytest.raises(BundleError, match="shards/0/.* is corrupt"):
+        load_bundle(folder)
+    shutil.rmtree(first)
+    with pytest.raises(BundleError, match="shards/0/.* is missing"):
+        load_bundle(folder)
