@@ -127,7 +127,7 @@ def test_changes_while_the_index_is_built_are_in_it():
     upsert(catalogue, model, ["i1", "new1", "new2"], rng)
     versions = []
 
-    def build(vectors, counts):
+    def build(vectors, items, counts):
         """What happens meanwhile: changes to what was indexed, what was new, and what nobody
         knew."""
         versions.append(catalogue.snapshot.version)
