@@ -171,7 +171,7 @@ MAX_LOADED = {
     "twotower.retrieval.match": 5,
     "twotower.training.checkpoint": 10,
     "twotower.training.loop": 40,
-    "twotower.retrieval.retriever": 40,
+    "twotower.retrieval.retriever": 43,
 }
 DEFERRED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 
