@@ -16,6 +16,7 @@ from absl import flags
 from twotower.commands import mlflow_flags
 
 FLAGS = flags.FlagValues()
+# The run itself, not its bundle: the weights of a checkpoint are read.
 _RUN = mlflow_flags.define_run(FLAGS, "run")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "Weights: best, latest or a step.", flag_values=FLAGS
@@ -35,6 +36,7 @@ _TASKS = flags.DEFINE_integer(
 
 
 def main() -> None:
+    # In `main`, as in every command: --help and a wrong flag need not wait for JAX.
     from twotower import api
     from twotower.retrieval.batch.jobs import Tasks, embed_all
 

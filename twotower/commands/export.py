@@ -22,6 +22,7 @@ from absl import flags
 from twotower.commands import mlflow_flags
 
 FLAGS = flags.FlagValues()
+# The index is built of vectors that only a checkpoint gives.
 _RUN = mlflow_flags.define_run(FLAGS, "run")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "Weights: best, latest or a step.", flag_values=FLAGS
@@ -97,7 +98,8 @@ def main() -> None:
     from twotower.evaluation.report.text import format_bundle
     from twotower.index.tuning_report import check_plot, save_plot
 
-    # Before minutes of work.
+    # Both before minutes of work: an alias without a name, or an extra that is missing, ends it at
+    # once.
     registration = _REGISTRY.registration()
     plot = None
     if _PLOT.value:
@@ -113,6 +115,7 @@ def main() -> None:
     bundle = api.export(run, with_users=not _WITHOUT_USERS.value, **options)
     folder = bundle.folder or run.workdir / api.BUNDLE
     print(format_bundle(bundle, folder))
+    # The bundle of a baseline is none of the run's own, which --workdir would serve.
     where = f"--bundle={folder}" if _BASELINE.value else f"--workdir={run.workdir}"
     print(f"To look at it: twotower serve {where}, and open http://127.0.0.1:8000.")
     if plot is not None:

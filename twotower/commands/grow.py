@@ -24,6 +24,7 @@ from twotower import dry_run
 from twotower.commands import launch
 
 FLAGS = flags.FlagValues()
+# Not required, as --rows stands in its place: `require_one` says so with both names.
 _CONFIG = launch.define_config(FLAGS, required=False)
 _SOURCE = flags.DEFINE_string(
     "source", None, "The run to go on from.", required=True, flag_values=FLAGS
@@ -87,8 +88,10 @@ def grow_by_rows() -> None:
 
     run = api.load_run(_SOURCE.value, checkpoint=_CHECKPOINT.value)
     if _DRY_RUN.value:
+        # The rows are not read for it: reading them is most of the work.
         print(f"Would put {_ROWS.value} behind the rows of {run!r}.")
         return
+    # There is no configuration here whose steps 0 could mean.
     passes = _PASSES.value or 1.0
     rows = _ROWS.value or ""
     api.begin_grown(run, rows, workdir=_WORKDIR.value, new_rows=_NEW_ROWS.value, passes=passes)

@@ -112,6 +112,7 @@ def write(history: EmbeddingHistory) -> None:
         run_date = parse_date(_RUN_DATE.value, "--run_date")
     if _RUN.workdir.value is not None:
         workdir = _RUN.folder()
+        # Resolved: of a link, such as "current", the name says nothing.
         run_id = _RUN_ID.value or workdir.resolve().name
         experiment_id = _EXPERIMENT_ID.value
         link = read_link(workdir)
@@ -119,6 +120,7 @@ def write(history: EmbeddingHistory) -> None:
         if _RUN.is_of_mlflow and link is not None:
             run_id = _RUN_ID.value or link.run_name
             experiment_id = experiment_id or link.experiment
+        # From the bundle, whose vectors are those that were served, and not from a checkpoint.
         retriever = launch.load_exported(workdir)
         files = append_bundle(
             history,
@@ -132,6 +134,7 @@ def write(history: EmbeddingHistory) -> None:
     # After --append, so that the date is loaded with the run that was just written.
     if _BIGQUERY.value is not None:
         dataset = open_dataset(_BIGQUERY.value)
+        # All runs of the date, since BigQuery replaces a partition as a whole.
         rows_of_table = dataset.load(history, run_date)
         for table, rows in rows_of_table.items():
             print(f"{table}: {rows:,} rows of {run_date}.")

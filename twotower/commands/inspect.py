@@ -48,7 +48,9 @@ def main() -> None:
     if is_run(Path(path)):
         print("\n".join(describe_run(Path(path))))
         return
+    # A name that Python and a shell take as it is.
     stem = re.sub(r"\W+", "_", Path(path).name.partition(".")[0]).strip("_") or "log"
+    # Not named as the log is: "events.py" beside other code could be imported by mistake.
     out = Path(_OUT.value or f"{stem}_experiment.py")
     found = inspection.inspect(
         path,

@@ -34,6 +34,8 @@ class TrackingFlags(NamedTuple):
             Destination,
         )
 
+        # By None and not by emptiness: an empty flag is a variable of the shell that is not set,
+        # and is told so.
         if all(flag.value is None for flag in self):
             return None
         # Such as a variable of the shell that is not set.
@@ -152,6 +154,7 @@ class RunFlags(NamedTuple):
         from twotower.core.errors import ConfigError
 
         experiment = self.mlflow_experiment.value
+        # Not left to absl, which would require --workdir in any case.
         if experiment is None and not self.workdir.value:
             raise ConfigError(
                 f"--{self.workdir.name}=... is required. In its place --mlflow_experiment=... "
@@ -170,6 +173,7 @@ class RunFlags(NamedTuple):
         uri = self.tracking_uri.value or ""
         found = find_run(experiment, self.mlflow_run.value, uri=uri)
         folder = folder_of(found, self.need, uri=uri)
+        # Which run "latest" was: the next command may find another one.
         print(f"Run {found.link.run_name!r} of the experiment {experiment!r}: {folder}")
         return folder
 
@@ -200,7 +204,8 @@ def define_run(
     holder = flags.DEFINE(
         _OptionalValue(), workdir, None, "The folder of the run.", flag_values=flag_values
     )
-    # absl then takes no value from the argument that follows.
+    # Of a flag that may stand alone, as --append: absl then takes no value from the argument that
+    # follows, and "true" where there is none.
     flag_values[workdir].boolean = workdir != "workdir"
     return RunFlags(
         need,

@@ -27,6 +27,7 @@ _MARKDOWN = flags.DEFINE_bool(
     "markdown", False, "Print tables for a page of documentation.", flag_values=FLAGS
 )
 
+# In words: most who read this page know no annotations of Python.
 _TYPE_NAMES = {
     bool: "true or false",
     float: "number",
@@ -86,6 +87,7 @@ def read_sections() -> list[Section]:
 
     names: dict[type, list[str]] = {}
     for cls, name in _walk(Config, ""):
+        # By dataclass: the towers of users and items have the same options, which are told once.
         names.setdefault(cls, []).append(name)
     sections = []
     for cls, places in names.items():
@@ -104,6 +106,7 @@ def filter_sections(sections: list[Section], word: str) -> Iterator[Section]:
     for section in sections:
         found = []
         for option in section.options:
+            # Under the names of all its sections: "model.item.layers" is found too.
             tail = option.name.removeprefix(section.names[0])
             names = [f"{name}{tail}" for name in section.names]
             texts = [*names, option.meaning]
@@ -146,6 +149,7 @@ def format_markdown(sections: list[Section]) -> str:
         for option in section.options:
             name = option.name.rpartition(".")[2]
             cells = [f"`{name}`", option.type, f"`{option.default}`", option.meaning]
+            # A bar in a cell would end it.
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 
@@ -166,6 +170,7 @@ def _walk(cls: type, name: str) -> Iterator[tuple[type, str]]:
 def _read_options(cls: type, location: str) -> tuple[Option, ...]:
     """Returns the options of a dataclass that are no sections themselves."""
     hints = typing.get_type_hints(cls)
+    # From the docstrings of the configuration: what the code says is what the page says.
     meanings = read_attributes(cls)
     options = []
     for field in dataclasses.fields(cls):
@@ -192,6 +197,7 @@ def read_attributes(cls: type) -> dict[str, str]:
             names = entry[1].split(", ")
             meanings |= dict.fromkeys(names, entry[2])
         elif line.startswith("        "):
+            # A description that goes on in the next line, of one name or of several.
             for name in names:
                 meanings[name] += f" {line.strip()}"
         elif line.strip():
@@ -204,6 +210,7 @@ def describe_type(hint: typing.Any) -> str:
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    # Lists of the configuration are tuples, since a configuration is frozen and hashed.
     if origin is tuple:
         inner = typing.get_args(hint)[0]
         return f"list of {_TYPE_NAMES.get(inner, 'list')}s"

@@ -20,6 +20,7 @@ _REDIS = flags.DEFINE_string(
     "redis", None, "redis://HOST:PORT/DATABASE.", required=True, flag_values=FLAGS
 )
 _NAME = flags.DEFINE_string("name", "twotower", "Name that the keys begin with.", flag_values=FLAGS)
+# Without an end, a store would hold the vectors of every version there ever was.
 _TTL = flags.DEFINE_integer(
     "ttl", 86_400, "Seconds that the vectors live.", lower_bound=1, flag_values=FLAGS
 )
@@ -30,8 +31,10 @@ def main() -> None:
     from twotower.integrations.embedding_history import vector_blocks
     from twotower.integrations.redis_store import RedisStore, bundle_version
 
+    # Before the bundle is loaded: a missing extra or a wrong address ends it at once.
     store = RedisStore(_REDIS.value, name=_NAME.value)
     retriever = launch.load_exported(_RUN.folder())
+    # A hash of the bundle: readers ask for the vectors that their own items go with.
     version = bundle_version(retriever)
     if _DRY_RUN.value:
         print(f"Would publish {retriever} as {_NAME.value}:{version}.")

@@ -93,6 +93,7 @@ def main() -> None:
     # The columns of all items are made for conditions alone.
     if _WHERE.value:
         items = retriever.items()
+        # By the columns of the items: the text of a flag does not say whether 20 is a number.
         where = tuple(parse_condition(text, items, retriever.forms) for text in _WHERE.value)
     options = listing.ListOptions(_K.value, _EXCLUDE_SEEN.value, where, _RERANK.value)
     answer(retriever, options, folder)
@@ -121,6 +122,7 @@ def find_output(workdir: Path | None) -> Path:
     name = "recommendations.parquet"
     if workdir is not None:
         return _RUN.output(workdir, name)
+    # Beside the bundle and not in it, whose next version would replace it.
     return Path(_BUNDLE.value or "", "..", name)
 
 

@@ -18,6 +18,7 @@ from absl import flags
 from twotower.commands import launch, mlflow_flags
 
 FLAGS = flags.FlagValues()
+# The bundle is enough: it holds the vectors of the known users.
 _RUN = mlflow_flags.define_run(FLAGS, "bundle")
 _OUT = flags.DEFINE_string(
     "out", None, "Folder to write to; by default WORKDIR/recommendations.", flag_values=FLAGS

@@ -53,6 +53,7 @@ _FOLLOW = flags.DEFINE_bool(
     "place when it has proved itself.",
     flag_values=FLAGS,
 )
+# Loopback, since a server without tokens answers anybody who reaches it.
 _HOST = flags.DEFINE_string(
     "host",
     "127.0.0.1",
@@ -183,6 +184,7 @@ def main() -> None:
         folders = {folder.name: folder}
     else:
         folders = read_bundles(_BUNDLE.value or [])
+    # Plain values, which are sent to the child processes: each makes its own server of them.
     options: dict[str, Any] = {
         "folders": folders,
         "events": _EVENTS.value,
@@ -199,11 +201,13 @@ def main() -> None:
     }
     redis = _REDIS.value, _REDIS_NAME.value
     app = None
+    # In this process, where a mistake ends with its message; several load in their children.
     if _PROCESSES.value == 1:
         app = make_app(options, redis)
     # Before it is said: whoever reads the line may connect at once.
     bound.listen(server.BACKLOG)
     host, port = bound.getsockname()[:2]
+    # An address of IPv6 stands in brackets in a URL.
     shown = f"[{host}]" if ":" in host else host
     served = ", ".join(map(str, folders.values()))
     print(
@@ -213,6 +217,8 @@ def main() -> None:
     if app is not None:
         server.serve(app, bound)
         return
+    # A function of the module with its arguments, as a process that is spawned imports what it
+    # runs.
     child = functools.partial(run_child, options, redis, logging.get_verbosity())
     Supervisor(child, bound, _PROCESSES.value, _SECONDS.value).serve()
 
@@ -253,6 +259,7 @@ def make_app(
     if url:
         from twotower.integrations.redis_store import RedisStore
 
+        # Made in each process: a connection must not be shared between them.
         find = RedisStore(url, name=name).user_vector
     return server.make_app(**options, find_vector=find, member=member)
 
@@ -294,6 +301,7 @@ def read_bundles(values: Sequence[str]) -> dict[str, Path]:
         # A folder's own name may have the sign too.
         if not is_named or "/" in name or Path(value).is_dir():
             folder = value
+            # Absolute, or "." would have no name.
             name = Path(value).absolute().name
         if name in folders:
             raise ConfigError(

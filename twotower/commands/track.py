@@ -17,6 +17,7 @@ from absl import flags
 from twotower.commands import mlflow_flags
 
 FLAGS = flags.FlagValues()
+# No run of MLflow can stand in its place, as it is what becomes one.
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the run.", required=True, flag_values=FLAGS
 )
@@ -38,6 +39,7 @@ def main() -> None:
 
     destination = _TRACKING.destination()
     if destination is not None:
+        # Only a new experiment can be told where its files lie: a flag of this command alone.
         destination = dataclasses.replace(destination, artifacts=_ARTIFACTS.value)
     run = track(
         _WORKDIR.value,

@@ -121,6 +121,7 @@ def find_workdir() -> str:
         return _WORKDIR.value
     experiment = _TRACKING.experiment_name.value
     name = _TRACKING.run_name.value
+    # Both, as a run without a name of its own could meet the folder of another one.
     if experiment and name:
         return f"runs/{experiment}/{name}"
     raise ConfigError(
@@ -139,6 +140,7 @@ def main() -> None:
     from twotower.training.monitoring.rates import find_kind
     from twotower.training.processes import join
 
+    # Before anything is read: the training alone would succeed, and the wish be forgotten.
     if _ON_TOP.value and not _REFIT.value:
         raise ConfigError("--on_top says how to refit: give --refit too.")
     find_kind("", _KIND.value)
@@ -162,6 +164,7 @@ def main() -> None:
         init_timeout=_INIT_TIMEOUT.value,
         heartbeat_timeout=_HEARTBEAT_TIMEOUT.value,
     )
+    # Without loading the run after it, which several processes would do at once for nothing.
     api.train_in_folder(
         config,
         workdir,

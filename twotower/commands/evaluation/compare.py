@@ -63,6 +63,7 @@ def main() -> None:
     from twotower import api
     from twotower.core.errors import ConfigError
 
+    # Else they would be read past, and the comparison be taken for a judgement by them.
     for flag in (_THRESHOLDS, _UNDERTRAINED):
         if flag.value and not _GATE.value:
             raise ConfigError(f"--{flag.name} is a part of --gate=RUN: give that too.")
@@ -94,6 +95,7 @@ def _judge(standing: str) -> int:
         undertrained=_UNDERTRAINED.value,
         split=_SPLIT.value,
     )
+    # Before the exit: a pipeline reads why a candidate has failed.
     _write(dataclasses.asdict(judgement))
     return judgement.exit_code
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from twotower.training.run import Run
 
 FLAGS = flags.FlagValues()
+# The folder of the run: a bundle has neither held-out rows nor weights.
 _RUN = mlflow_flags.define_run(FLAGS, "run")
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "best", "Weights: best, latest or a step.", flag_values=FLAGS
@@ -182,7 +183,7 @@ def main() -> None:
     from twotower.integrations.bigquery_tables import check_dataset
     from twotower.integrations.embedding_history import check_table_name
 
-    # Before anything is loaded: a page that cannot be drawn is refused at once.
+    # Before anything is loaded: what cannot be drawn, kept or read is refused at once.
     wants_report = _REPORT.value
     if wants_report is None:
         is_possible = importlib.util.find_spec("matplotlib") is not None
@@ -192,6 +193,8 @@ def main() -> None:
     check_table_name(_RESULTS_TABLE.value, "--results_table")
     if _BIGQUERY.value:
         check_dataset(_BIGQUERY.value)
+    ks = parse_ks(_K.value)
+    weights = parse_weights(_POPULARITY_WEIGHTS.value)
 
     run = api.load_run(_RUN.folder(), checkpoint=_CHECKPOINT.value)
     # Before the vectors are made: a width that was not trained is refused at once.
@@ -199,7 +202,7 @@ def main() -> None:
         run = api.with_index_options(run, dim=_DIM.value)
     if _TEST.value:
         run = api.with_test_set(run, _TEST.value, name=_TEST_NAME.value)
-    ks = parse_ks(_K.value) or run.config.evaluation.ks
+    ks = ks or run.config.evaluation.ks
     measured = api.evaluate(
         run,
         ks=ks,
@@ -210,7 +213,7 @@ def main() -> None:
         popularity_window=_POPULARITY_WINDOW.value,
         quantile_threshold=_QUANTILE_THRESHOLD.value,
         max_queries=_QUERIES.value,
-        popularity_weights=parse_weights(_POPULARITY_WEIGHTS.value),
+        popularity_weights=weights,
         slices=_SLICES.value,
         further_metrics=_FURTHER_METRICS.value,
         sanity=_SANITY.value,
@@ -225,6 +228,8 @@ def main() -> None:
         )
         print(f"Report: {page}")
     history = _HISTORY.value
+    # Who works with MLflow or BigQuery keeps figures from day to day; a folder by itself has
+    # metrics.json.
     if history is None and (_RUN.is_of_mlflow or _BIGQUERY.value):
         history = "runs/history"
     if history:
@@ -255,7 +260,6 @@ def append(history: str, run: Run, measured: Measured) -> str:
 
 def parse_ks(texts: list[str]) -> tuple[int, ...]:
     """Returns list lengths in rising order, each once."""
-    # The tables show the shortest lists first, and most metrics for these alone.
     from twotower.core.errors import ConfigError
 
     for text in texts:
@@ -264,6 +268,7 @@ def parse_ks(texts: list[str]) -> tuple[int, ...]:
                 f"--k={','.join(texts)}: {text!r} is not a list length. "
                 "Give numbers, such as --k=10,50."
             )
+    # The tables show the shortest lists first, and most metrics for these alone.
     return tuple(sorted({int(text) for text in texts}))
 
 

@@ -39,6 +39,7 @@ def main() -> None:
 
     config = from_dict(_CONFIG.value)
     if _DRY_RUN.value:
+        # They differ in nothing but the seed, so that one stands for all.
         first = Path(_WORKDIR.value) / "seed-0"
         print(f"{_SEEDS.value} trainings, of which this is the first.")
         print(dry_run.describe_training(config, first))

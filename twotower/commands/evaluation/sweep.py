@@ -68,6 +68,8 @@ def main() -> None:
     from twotower.config import from_dict
 
     wants_report = _REPORT.value
+    # Found without importing it, which takes a second; whoever asks for the page is told what is
+    # missing.
     if wants_report is None:
         wants_report = importlib.util.find_spec("matplotlib") is not None
     api.sweep(

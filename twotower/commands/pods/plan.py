@@ -50,8 +50,10 @@ def main() -> None:
     from twotower.training.planning.shapes import parse_values, planned_shapes, prepared_shapes
     from twotower.training.run import encoder_folder, load_data, local_folder
 
+    # As floats, since people write 1e9; counted whole below.
     sizes = {"users": _USERS.value, "items": _ITEMS.value, "rows": _ROWS.value}
     if _WORKDIR.value:
+        # Refused: a plan for other sizes than those of the run would be taken for its own.
         if _CONFIG.value is not None or any(sizes.values()) or _VALUES.value:
             raise ConfigError(
                 f"--workdir={_WORKDIR.value} has a configuration and sizes of its own: leave out "

@@ -56,10 +56,13 @@ def main() -> None:
 
     from twotower.core.files import atomic
     from twotower.evaluation import off_policy
+
+    # No extra is needed: whoever learns from what was shown need not be able to serve.
     from twotower.serving.impressions import log, rows
 
     shown = log.read_impressions(_IMPRESSIONS.value)
     events = rows.read_events(_EVENTS.value)
+    # Joined once: rows and estimates are of the same labels.
     labelled = rows.join_events(shown, events, kinds=_KINDS.value, seconds=3_600 * _HOURS.value)
     successes = np.count_nonzero(labelled["label"].to_numpy())
     print(
@@ -71,6 +74,7 @@ def main() -> None:
         with atomic(Path(_OUT.value)) as path:
             pq.write_table(made, path)
         print(f"{_OUT.value}: {len(made):,} rows.")
+    # A bundle is named for nothing else.
     if _ESTIMATE.value or _BUNDLE.value:
         estimates = off_policy.estimate_policies(labelled, _BUNDLE.value)
         print(off_policy.format_estimates(estimates))
