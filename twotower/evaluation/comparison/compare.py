@@ -150,6 +150,7 @@ class Comparison:
         """Returns all of it as JSON holds it; an effect without a deviation is None."""
         found = dataclasses.asdict(self)
         for difference in found["differences"]:
+            # JSON has no infinity, and other readers than Python's refuse it.
             if not math.isfinite(difference["effect"]):
                 difference["effect"] = None
         return found
@@ -168,6 +169,7 @@ def compare_records(records: Sequence[Record], *, seed: int = 0) -> Comparison:
     names = [record.name for record in records]
     if len(names) < 2:
         raise ConfigError(f"A comparison needs two runs or more; given: {', '.join(names) or '-'}.")
+    # A run beside itself has differences of 0, which would be corrected for along with the others.
     repeated = [name for name in names if names.count(name) > 1]
     if repeated:
         raise ConfigError(f"{repeated[0]} is given {len(repeated)} times; give other runs.")
@@ -178,6 +180,7 @@ def compare_records(records: Sequence[Record], *, seed: int = 0) -> Comparison:
     for part, where in parts_of(records[0]):
         differences += differences_of(records, metrics, part, where, seed=seed)
         rows += _rows_of(records, metrics, part, where)
+    # Over all parts and metrics at once: who looks at hundreds of differences finds some by chance.
     differences = adjust(differences)
     return Comparison(
         runs=tuple(names),
@@ -195,12 +198,14 @@ def parts_of(record: Record) -> list[tuple[Part, np.ndarray]]:
     for name, values in record.slices.items():
         for value in _in_order(set(values[record.is_asked]) - {""}):
             parts.append((Part(name, value), record.is_asked & (values == value)))
+    # A mean over no query would be no number.
     return [(part, where) for part, where in parts if where.any()]
 
 
 def _in_order(values: set[str]) -> list[str]:
     """Returns values by the numbers that they are, where all of them are numbers."""
     try:
+        # Deciles: "10" stands behind "9".
         return sorted(values, key=float)
     except ValueError:
         return sorted(values)
@@ -223,6 +228,7 @@ def differences_of(
         where: bool [Q], these queries.
         seed: Seed of the resamples.
     """
+    # By user, since queries of one user go up and down together and are no independent draws.
     ids, owner = np.unique(records[0].users[where].astype(str), return_inverse=True)
     # Metrics of all runs beside each other: one set of counts weighs them all.
     values = np.stack([[record.values[name][where] for name in metrics] for record in records])
@@ -236,7 +242,9 @@ def differences_of(
         sampled = means[:, later] - means[:, earlier]
         low, high = interval(sampled)
         for number, metric in enumerate(metrics):
+            # Each user counts once here, however many queries: the effect is one on people.
             by_user = np.bincount(owner, by_query[number]) / queries
+            # Over queries, as the figures of both runs are.
             difference = float(by_query[number].mean())
             deviation = float(sampled[:, number].std())
             differences.append(
@@ -286,6 +294,7 @@ def _p_value(difference: float, deviation: float, users: int) -> float:
         return 1.0
     if not deviation:
         return 0.0
+    # The two-sided tail of the normal distribution, 2 (1 - Phi(z)).
     return math.erfc(abs(difference) / deviation / math.sqrt(2.0))
 
 
@@ -312,6 +321,7 @@ def _rows_of(
     users = len(set(records[0].users[where]))
     for metric in metrics:
         figures = {record.name: float(record.values[metric][where].mean()) for record in records}
+        # Of equal ones the first: it is told from none of them, and the row says so.
         best = max(figures, key=figures.__getitem__)
         rows.append(Row(metric, part, int(where.sum()), users, figures, best, ()))
     return rows

@@ -155,6 +155,7 @@ def default_thresholds(record: Record) -> list[Threshold]:
 def _of_part(content: Any, parts: Sequence[Part], record: Record, where: str) -> list[Threshold]:
     thresholds = []
     for metric, limits in _mapping(content, where or "the file").items():
+        # Beside the metrics in the file, and only there.
         if metric == "slices" and not where:
             continue
         choose(record.values, metric, "the metric of the thresholds")
@@ -162,9 +163,11 @@ def _of_part(content: Any, parts: Sequence[Part], record: Record, where: str) ->
         limits = _mapping(limits, name)
         for key in limits:
             choose({"tolerance": 0, "share": 0}, key, f"the key of {name}")
+        # Of both, the one that was not meant might decide.
         if len(limits) != 1:
             raise ConfigError(f"{name} must have either a tolerance or a share, not {limits}.")
         ((key, value),) = limits.items()
+        # True is a number in Python, and no tolerance.
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
             raise ConfigError(f"{name}.{key}={echo(value)} must be a number from 0 to below 1.")
         for part in parts:
@@ -204,6 +207,8 @@ def judge(
     for threshold in thresholds:
         choose(candidate.values, threshold.metric, f"the metric of {candidate.name}")
     checks = check(standing, candidate, thresholds)
+    # By the same thresholds, over the same queries: what a gate cannot tell among models of known
+    # worth, it cannot tell of the candidate.
     preflight = []
     for name, record, expected in _known_models(standing, undertrained):
         verdict = worst(check(standing, record, thresholds))
@@ -233,6 +238,7 @@ def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) 
     checks = []
     for part, of_part in by_part.items():
         where = asked[part]
+        # Once each: a metric may have a tolerance twice, and one set of resamples serves a part.
         metrics = list(dict.fromkeys(threshold.metric for threshold in of_part))
         pair = (standing, candidate)
         found = {one.metric: one for one in differences_of(pair, metrics, part, where)}
@@ -256,6 +262,8 @@ def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) 
 
 
 def _verdict(low: float, high: float, tolerance: float) -> Verdict:
+    # By the ends of the interval, not by the mean: few queries leave it undecided, rather than
+    # pass.
     if high < -tolerance:
         return "fails"
     return "passes" if low >= -tolerance else "undecided"
@@ -278,6 +286,7 @@ def _known_models(
         name = f"a model of {share} shuffled answers, in the place of a tenth of the training"
         undertrained = (name, mix(standing, shuffled(standing), DEGRADED))
     return [
+        # A gate that nothing passes is as useless as one that everything does.
         ("the run that stands itself", standing, "passes"),
         ("a model of shuffled scores", shuffled(standing), "fails"),
         ("a collapsed model, which scores all items alike,", collapsed(standing), "fails"),
@@ -307,6 +316,8 @@ def shuffled(record: Record, *, seed: int = 0) -> Record:
     generator = np.random.default_rng(seed)
     ks = sorted({int(metric.partition("@")[2]) for metric in record.values})
     queries = np.repeat(np.arange(len(record.relevant)), record.relevant)
+    # Each by itself: two answers of one query may meet at a rank, which among thousands of items
+    # hardly happens.
     ranks = generator.integers(0, record.protocol["items"], len(queries))
     hits = np.zeros((len(record.relevant), max(ks)), bool)
     is_listed = ranks < max(ks)
@@ -333,6 +344,7 @@ def mix(record: Record, other: Record, share: float, *, seed: int = 0) -> Record
         share: Probability that a query is answered as in `record`.
         seed: Seed of the choice.
     """
+    # Query by query, as a model fails: figures times the share would have less spread.
     is_kept = np.random.default_rng(seed).random(len(record.relevant)) < share
     values = {
         name: np.where(is_kept, found, other.values[name]) for name, found in record.values.items()
@@ -360,7 +372,9 @@ def undertrained_by_curve(
     validated = {line["step"]: float(line[key]) for line in curve if key in line}
     if not validated:
         return None
+    # The step that was kept, after which nothing was learned that counts.
     best = max(validated, key=validated.__getitem__)
+    # The last one within a tenth, or the first of all, if that is early enough.
     early = [step for step in validated if step <= TENTH * best] or [min(validated)]
     step = max(early)
     if step > LATEST_VALIDATION * best or validated[best] <= 0:

@@ -66,6 +66,7 @@ def read_record(name: str, split: str = "test") -> Record:
     """
     folder = Path(name)
     ranking = MODEL
+    # A folder whose name has a colon is still a folder.
     if not folder.exists() and ":" in name:
         path, _, ranking = name.rpartition(":")
         folder = Path(path)
@@ -109,6 +110,7 @@ def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
         if column.startswith(SLICE):
             texts = table[column].cast(pa.string()).fill_null("")
             slices[column.removeprefix(SLICE)] = texts.to_numpy(zero_copy_only=False)
+        # Other columns hold facts of the queries, and none of a ranking.
         elif metric.partition("@")[0] in RANKING_METRICS:
             rankings[start] = None
             if start == ranking:
@@ -134,6 +136,7 @@ def _flags_of(name: str) -> list[str]:
 def _average(records: Sequence[Record]) -> Record:
     """Returns the means over seeds of every query, with the mean of each seed beside them."""
     first = records[0]
+    # Folders of seeds may be older than a change of the data.
     check_alike(records)
     values = {}
     seeds = {}
@@ -175,12 +178,14 @@ def _protocol_differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> l
 def _query_differences(one: Record, other: Record) -> list[str]:
     if len(one.users) != len(other.users):
         return [f"{len(one.users):,} and {len(other.users):,} queries"]
+    # Both are sorted by user, so that equal sets of queries lie row by row.
     is_other_user = one.users != other.users
     if is_other_user.any():
         row = int(is_other_user.argmax())
         number = int(is_other_user.sum())
         pair = f"{echo(one.users[row])} and {echo(other.users[row])}"
         return [f"{number:,} queries are of other users, the first {pair}"]
+    # By their number alone: the right answers themselves are not recorded.
     is_changed = one.relevant != other.relevant
     if is_changed.any():
         row = int(is_changed.argmax())

@@ -115,6 +115,7 @@ def _difference_cells(one: Difference) -> list[str]:
         effect = f"{one.effect:+.3f}"
     ends = f"{one.low:+.4f} to {one.high:+.4f}"
     p_value = f"{one.adjusted:.3f}"
+    # Rounded it would be 0.000, which no p-value is.
     if one.adjusted < 0.001:
         p_value = "<0.001"
     return [f"{one.difference:+.4f}", ends, effect, p_value]
@@ -128,6 +129,8 @@ def _slices_table(rows: Sequence[Row], comparison: Comparison) -> str:
         line = [str(row.part), f"{row.queries:,}", *_marked_figures(row, runs)]
         for differences in found:
             one = differences[row.metric, row.part]
+            # The interval alone: a table of slices is wide, and its middle is the difference of two
+            # cells beside it.
             line.append(f"{one.low:+.4f} to {one.high:+.4f}")
         cells.append(line)
     titles = [f"{run} less {runs[0]}" for run in runs[1:]]
@@ -139,6 +142,7 @@ def _spreads_table(spreads: Mapping[str, Mapping[str, Spread]], rows: Sequence[R
     for run, by_metric in spreads.items():
         for row in rows:
             spread = by_metric[row.metric]
+            # A single seed has no spread, and 0 would claim that there is none.
             deviation = "-"
             if spread.seeds > 1:
                 deviation = f"{spread.deviation:.4f}"
@@ -161,6 +165,7 @@ def format_judgement(judgement: Judgement) -> str:
     for one in judgement.checks:
         figures = [f"{one.standing:.4f}", f"{one.candidate:.4f}"]
         ends = f"{one.low:+.4f} to {one.high:+.4f}"
+        # Below 0, as the ends of the interval that it is compared with.
         limit = f"{-one.tolerance:.4f}"
         rows.append([one.metric, str(one.part), *figures, ends, limit, one.verdict])
     names = [judgement.standing, judgement.candidate]
