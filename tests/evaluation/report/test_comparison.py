@@ -1,5 +1,6 @@
 """The page of several runs."""
 
+import math
 import re
 
 import pytest
@@ -12,7 +13,7 @@ RUNS = ("runs/a", "runs/b", f"runs/c{SCRIPT[:8]}")
 
 
 def compared(equals):
-    """Three runs of which the second is the best."""
+    """Three runs of which the second is the best, by the same difference for every user."""
     rows = []
     differences = []
     parts = [ALL, *(Part("country", value) for value in ("<b>", "France"))]
@@ -22,7 +23,7 @@ def compared(equals):
             rows.append(Row(metric, part, 40, 30, figures, RUNS[1], equals))
             for run, difference in ((RUNS[1], 0.1), (RUNS[2], -0.1)):
                 ends = (difference - 0.02, difference + 0.02)
-                one = Difference(run, RUNS[0], metric, part, difference, *ends, 0.3, 0.01, 0.02)
+                one = Difference(run, RUNS[0], metric, part, difference, *ends, math.inf, 0.0, 0.0)
                 differences.append(one)
     return Comparison(RUNS, {"split": "test"}, tuple(rows), tuple(differences), {})
 
@@ -45,5 +46,6 @@ def test_the_verdict_names_the_best_and_what_cannot_be_told_from_it(tmp_path, eq
     assert "runs/a" not in text and "c&lt;script&gt;" in text
     assert text.count("<script") == 0 and "<b>" not in text
     assert text.count('<article class="chart">') == 5
-    for shown in ("0.3000", "+0.1000", "+0.0800 to +0.1200"):
+    assert "inf" not in re.sub("<[^>]*>", "", text).lower().replace("information", "")
+    for shown in ("0.3000", "+0.1000", "+0.0800 to +0.1200", "&lt;0.001"):
         assert shown in text

@@ -30,7 +30,7 @@ def format_comparison(comparison: Comparison) -> str:
     lines += ["", describe_marks(comparison), *comparison.notes]
     for run in comparison.runs[1:]:
         found = _differences(comparison, run)
-        rows = [[row.metric, *_difference_cells(found[row.metric, row.part])] for row in whole]
+        rows = [[row.metric, *difference_cells(found[row.metric, row.part])] for row in whole]
         lines += ["", _differences_table(f"{run} less {first}", rows)]
     parts = [row for row in comparison.rows if row.part != ALL]
     shortest = min((_length(row.metric) for row in parts), default=0)
@@ -109,7 +109,8 @@ def _differences_table(title: str, rows: Sequence[Sequence[str]]) -> str:
     return format_table(rows, header, align="lr")
 
 
-def _difference_cells(one: Difference) -> list[str]:
+def difference_cells(one: Difference) -> list[str]:
+    """Returns a difference, its interval, its effect and its corrected p-value as cells."""
     effect = "-"
     if math.isfinite(one.effect):
         effect = f"{one.effect:+.3f}"

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from twotower.core.files import atomic
 from twotower.evaluation.comparison.compare import ALL, Comparison, Row
-from twotower.evaluation.comparison.text import describe_marks, describe_protocol
+from twotower.evaluation.comparison.text import (
+    describe_marks,
+    describe_protocol,
+    difference_cells,
+)
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.report.figures import Line, Mark, line_chart, row_chart
 from twotower.evaluation.report.page import (
@@ -39,9 +43,11 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     Raises:
         ConfigError: Matplotlib is missing.
     """
+    # Whole paths would not fit into a legend.
     comparison = _with_short_names(comparison)
     whole = [row for row in comparison.rows if row.part == ALL]
     ks = sorted({int(row.metric.partition("@")[2]) for row in whole})
+    # One figure decides the headline, recall of the shortest lists, as in the report of one run.
     decisive = next(row for row in whole if row.metric == f"{METRICS[0]}@{ks[0]}")
     sections = [
         _differences(comparison, decisive.metric),
@@ -64,6 +70,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
 def _with_short_names(comparison: Comparison) -> Comparison:
     """Returns the comparison with the last parts of folders as names, where these differ."""
     short = {run: run.rpartition("/")[2] for run in comparison.runs}
+    # Two runs in different folders may have one name, and would be one here.
     if len(set(short.values())) < len(short):
         return comparison
     rows = []
@@ -122,6 +129,7 @@ def _hero(row: Row, runs: Sequence[str]) -> str:
 
 def _differences(comparison: Comparison, metric: str) -> Section:
     first = comparison.runs[0]
+    # Each with the first alone: of ten runs there are 45 pairs, which nobody reads.
     found = [
         one
         for one in comparison.differences
@@ -131,17 +139,7 @@ def _differences(comparison: Comparison, metric: str) -> Section:
     rows = []
     for one in found:
         marks.append(Mark(one.run, one.difference, one.low, one.high, strong=one.is_real))
-        ends = f"{one.low:+.4f} to {one.high:+.4f}"
-        rows.append(
-            [
-                one.run,
-                f"{one.difference:+.4f}",
-                ends,
-                f"{one.effect:+.3f}",
-                f"{one.adjusted:.3f}",
-                "yes" if one.is_real else "no",
-            ]
-        )
+        rows.append([one.run, *difference_cells(one), "yes" if one.is_real else "no"])
     caption = (
         f"How much more each run finds than {first}, for the same people. A {LEVEL:.0%} interval "
         "(pale bar) that holds 0 means that the two may be equally good; bold are those that can "
@@ -160,6 +158,7 @@ def _differences(comparison: Comparison, metric: str) -> Section:
 
 def _lengths(whole: Sequence[Row], runs: Sequence[str], ks: Sequence[int]) -> Section:
     by_metric = {row.metric: row for row in whole}
+    # In the order in which they were named: who wants another one in the chart names it earlier.
     shown = runs[:MOST_RUNS]
     made = []
     for metric in METRICS:
@@ -172,6 +171,8 @@ def _lengths(whole: Sequence[Row], runs: Sequence[str], ks: Sequence[int]) -> Se
             lines,
             x_label="K, length of the list (items)",
             y_label=f"{metric} (0 to 1, more is better)",
+            # Lengths are chosen as 10, 50, 100: on a plain axis the short ones would lie on each
+            # other.
             log_x=len(ks) > 1,
             x_ticks=ks,
         )
@@ -197,6 +198,7 @@ def _slices(comparison: Comparison, metric: str) -> list[Chart]:
             by_slice.setdefault(row.part.slice, []).append(row)
     made = []
     for number, (name, found) in enumerate(by_slice.items()):
+        # The largest, whose figures are the surest.
         large = sorted(found, key=lambda row: -row.queries)[:MOST_PARTS]
         marks = []
         for row in found:

@@ -149,6 +149,7 @@ def line_chart(
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=4 if len(line.x) > 12 else 5.5,
                 linewidth=2 if number == 0 else 1.5,
+                # The first line, which is the model's, lies on top.
                 zorder=5 - number / 10,
             )
             if len(line.low):
@@ -159,6 +160,7 @@ def line_chart(
             _log_scale(axes)
         if len(x_ticks):
             axes.set_xticks(list(x_ticks), [f"{tick:,g}" for tick in x_ticks])
+            # Minor ticks of a logarithmic axis would name further positions.
             axes.minorticks_off()
         axes.margins(x=0.04)
         if mark_x is not None:
@@ -205,6 +207,7 @@ def row_chart(
             text.set_color(INK)
             if mark.strong:
                 text.set_fontweight("bold")
+        # Downwards, so that the first row is on top.
         axes.set_ylim(len(marks) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         # With 0 in sight a small difference looks small.
@@ -315,6 +318,7 @@ def _draw_groups(axes: Axes, groups: Sequence[Points], *, size: float) -> None:
             markersize=size,
             markeredgewidth=0,
             color=SERIES[number % len(SERIES)],
+            # Many small points lie on each other: where they do the colour is deeper.
             alpha=0.8 if size < 5 else 1.0,
         )
 
@@ -325,6 +329,7 @@ def _drawing(name: str) -> Iterator[None]:
     with extra("plots", "--report"):
         import matplotlib
     settings: Any = {
+        # Text, not outlines: it can be searched, read aloud and drawn in the page's own font.
         "svg.fonttype": "none",
         # Ids are hashes of what is drawn: with a salt for each figure no two of a page share one.
         "svg.hashsalt": name,
@@ -338,6 +343,7 @@ def _drawing(name: str) -> Iterator[None]:
         "xtick.labelcolor": SOFT,
         "ytick.labelcolor": SOFT,
         "text.color": INK,
+        # The page has the background, light or dark.
         "axes.facecolor": "none",
         "figure.facecolor": "none",
         "savefig.facecolor": "none" if name != "image" else CARD,
@@ -347,6 +353,8 @@ def _drawing(name: str) -> Iterator[None]:
         "axes.axisbelow": True,
         "grid.color": GRID,
         "grid.linewidth": 0.8,
+        # Otherwise points that nearly lie on a line are left out, and a figure changes with its
+        # size.
         "path.simplify": False,
         # A tick says its whole number, not what is to be added to another.
         "axes.formatter.useoffset": False,
@@ -363,6 +371,7 @@ def _axes(
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    # Without pyplot, whose figures are global and stay in memory until they are closed.
     figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
     FigureCanvasSVG(figure)
     right = LEGEND if legend else 14
@@ -463,6 +472,7 @@ def _svg(figure: Figure) -> str:
     ElementTree.register_namespace("", _SVG)
     root = ElementTree.fromstring(buffer.getvalue())
     text = ElementTree.tostring(root, encoding="unicode")
+    # Ids that something refers to must stay; all others are noise of the generator.
     used = set(re.findall(r'(?:href="#|url\(#)([\w-]+)', text))
     for parent in root.iter():
         for child in list(parent):
@@ -471,6 +481,7 @@ def _svg(figure: Figure) -> str:
         _clean(parent, used)
     root.attrib = {
         "viewBox": root.attrib["viewBox"],
+        # Who hears the page has the caption and the table of numbers.
         "aria-hidden": "true",
         "focusable": "false",
     }
@@ -501,6 +512,7 @@ def _font_size(found: re.Match[str]) -> str:
 
 
 def _round(found: re.Match[str]) -> str:
+    # A hundredth of a unit cannot be seen, and six digits double the size of the page.
     return f"{float(found[0]):.2f}".rstrip("0").rstrip(".")
 
 
@@ -513,6 +525,7 @@ def styles_to_classes(svg: str, classes: dict[str, str]) -> str:
     """
 
     def replace(found: re.Match[str]) -> str:
+        # One class for equal styles of all charts: there are dozens, for thousands of elements.
         name = classes.setdefault(found[1], f"s{len(classes)}")
         return f'class="{name}"'
 

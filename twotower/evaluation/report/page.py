@@ -58,6 +58,8 @@ class Chart:
         caption = f"{self.name}-caption"
         return (
             f'<article class="chart"><h3 id="{title}">{escape(self.title)}</h3>'
+            # The picture as one thing with its caption as its words: nobody wants to hear 500
+            # points.
             f'<figure role="img" aria-labelledby="{title} {caption}">{self.svg}'
             f'<figcaption id="{caption}">{escape(self.caption)}</figcaption></figure>'
             f"{folded('The numbers', table(self.table), of=self.title)}</article>"
@@ -105,6 +107,7 @@ def render_page(title: str, about: str, hero: str, sections: Sequence[Section]) 
         f'<li><a href="#{section.name}">{escape(section.title)}</a></li>' for section in sections
     )
     body = "".join(section.html() for section in sections)
+    # Before the style sheet is hashed, which the classes of the charts are a part of.
     classes: dict[str, str] = {}
     hero = styles_to_classes(hero, classes)
     body = styles_to_classes(body, classes)
@@ -144,6 +147,7 @@ def escape(text: object) -> str:
 
 def data(text: object) -> str:
     """Returns a text of the data as HTML, in the direction of its own script."""
+    # Titles may be Arabic or Hebrew: what stands beside them must not change its order.
     return f'<bdi dir="auto">{escape(text)}</bdi>'
 
 
@@ -179,6 +183,7 @@ def folded(title: str, content: str, *, of: str = "", is_open: bool = False) -> 
         of: What the title belongs to, for those who hear the page.
         is_open: Whether it is shown at first.
     """
+    # A page with twenty buttons "The numbers" cannot be told apart by ear.
     heard = f'<span class="heard"> of {escape(of)}</span>' if of else ""
     opened = " open" if is_open else ""
     return (
@@ -197,6 +202,7 @@ def table(content: Table) -> str:
         rows.append(f"<tr>{first}{others}</tr>")
     label = escape(content.caption)
     return (
+        # With a tabindex, or whoever uses the keyboard alone could not scroll it.
         f'<div class="scroll" role="region" tabindex="0" aria-label="{label}"><table>'
         f"<caption>{label}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"

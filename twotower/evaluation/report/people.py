@@ -76,6 +76,7 @@ def choose_queries(queries: Queries) -> list[tuple[int, str]]:
     asked = np.sort(first[queries.relevant.lengths[first] > 0])
     seen = queries.seen.lengths[queries.seen_row[asked]]
     order = asked[np.argsort(-seen, kind="stable")]
+    # Of so few there is no middle.
     if len(order) <= BUSY + MEDIAN + NEW:
         return [(int(query), "shown") for query in order]
     middle = (len(order) - MEDIAN) // 2
@@ -106,6 +107,7 @@ def describe_people(
         targets: Those of each user, see `make_queries`.
     """
     kind = prepared.config.evaluation.query
+    # Right answers that they had before are masked in the lists, and would be shown as missed.
     queries = make_queries(prepared, split, kind, targets=targets).without_seen()
     chosen = choose_queries(queries)
     rows = np.array([query for query, _ in chosen], np.int64)
@@ -120,6 +122,7 @@ def describe_people(
     names = prepared.users["user_id"]
     people = []
     for number, (_, kind_of_user) in enumerate(chosen):
+        # Places that are left are -1, where somebody has seen nearly all items.
         listed = lists[number][lists[number] >= 0]
         relevant = part.relevant[number]
         reasons: list[Reason] = []
@@ -147,6 +150,7 @@ def describe_people(
 
 
 def _lists(users: np.ndarray, items: np.ndarray, seen: Ragged) -> tuple[np.ndarray, np.ndarray]:
+    # Exactly, as the metrics are: an index may miss what is shown here as missed by the model.
     scores, rows = top_k(users, items, min(LISTED, len(items)), exclude=seen)
     return np.asarray(scores), np.asarray(rows).astype(np.int64)
 
@@ -167,6 +171,7 @@ def _reasons(
         return []
     events = prepared.histories.requests_at(prepared.raw, span)
     columns: dict[str, pa.Array] = {history.column: events}
+    # The age of an event is counted from the time of the query.
     if time is not None and history.request_gap:
         columns["timestamp"] = pa.array([time])
 
@@ -182,6 +187,7 @@ def _reasons(
     reasons = []
     for event in np.argsort(-lost, kind="stable")[:REASONS]:
         row = row_of.get(ids[event])
+        # An item of a history may have left the corpus, and has no title then.
         title = ids[event] if row is None else titles[row]
         reasons.append(Reason(title, float(lost[event])))
     return reasons
@@ -202,6 +208,7 @@ def people_section(people: Sequence[Person], *, reads_history: bool) -> Section:
     """
     cards = []
     for number, person in enumerate(people):
+        # One is open, so that somebody who prints or skims the page sees what is in them.
         cards.append(_card(person, is_open=number == 0, reads_history=reads_history))
     lead = (
         "Figures are means; these are people. The busiest, some in the middle, and those with the "

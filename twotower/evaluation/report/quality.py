@@ -84,6 +84,8 @@ class Verdict:
         """Where the model stands."""
         if not self.rival:
             return "alone"
+        # By the model's interval, beside a figure without its own: a first look, for which
+        # `compare` has paired differences.
         if self.low > self.rival_value:
             return "ahead"
         return "behind" if self.high < self.rival_value else "even"
@@ -103,6 +105,7 @@ def find_verdict(measured: Measured) -> Verdict:
     rivals = {
         name: figures[metric]
         for name, figures in measured.get("baselines", {}).items()
+        # Rankings that know the answers, or that nobody would serve, are shown and never the rival.
         if name not in NO_RIVALS
     }
     if not rivals:
@@ -167,6 +170,7 @@ def find_warnings(measured: Measured, data_report: DataReport | None) -> list[st
         sentences.append(measured["answers"]["warning"])
     if data_report is not None:
         sentences += data_report.warnings
+    # The data's own report and the answers may say the same.
     return list(dict.fromkeys(sentences))
 
 
@@ -199,6 +203,7 @@ def _difference(verdict: Verdict) -> str:
     if not verdict.rival_value:
         return "it finds nothing"
     share = verdict.value / verdict.rival_value - 1
+    # It would be told as 0 %.
     if abs(share) < 0.005:
         return "the same as the model"
     side = "more" if share > 0 else "less"
@@ -208,9 +213,8 @@ def _difference(verdict: Verdict) -> str:
 def _ranking_chart(measured: Measured, metric: str) -> Chart:
     """Returns the figure of the model and of each baseline, the best first."""
     intervals = measured.get("model_intervals", {})
-    baselines = measured.get("baselines", {})
-    figures = {"model": measured["model"], **baselines}
-    order = sorted(figures, key=lambda name: -figures[name][metric])
+    figures = _rankings(measured)
+    order = _best_first(figures, metric)
     marks = []
     rows = []
     for name in order:
@@ -225,6 +229,7 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
     )
     if not intervals:
         caption = "Each row is one way to make lists; further right is better."
+    # Of generated data alone, whose preferences are known.
     if "true_preferences" in figures:
         caption += (
             " True preferences are what the data was made of: no ranking can be expected to reach "
@@ -233,6 +238,22 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
     svg = row_chart("ranking", marks, x_label=f"{metric} (share of right answers found, 0 to 1)")
     header = ["", metric, f"{LEVEL:.0%} interval"]
     return Chart("ranking", f"{metric}, model and baselines", svg, caption, Table(header, rows, ""))
+
+
+def _rankings(measured: Measured) -> dict[str, Mapping[str, float]]:
+    """Returns the figures of the model and of each baseline by name."""
+    return {"model": measured["model"], **measured.get("baselines", {})}
+
+
+def _best_first(figures: Mapping[str, Mapping[str, float]], metric: str) -> list[str]:
+    return sorted(figures, key=lambda name: -figures[name][metric])
+
+
+def _model_first(figures: Mapping[str, Mapping[str, float]], metric: str) -> list[str]:
+    """Returns the names that a chart has room for: the model, then the best baselines."""
+    # Those that fit no more are in the table of the chart.
+    names = dict.fromkeys(["model", *_best_first(figures, metric)])
+    return list(names)[:MOST_LINES]
 
 
 def _interval_of(measured: Measured, ranking: str) -> Mapping[str, Sequence[float]]:
@@ -268,8 +289,11 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
             f"{answers['greatest_recall']:.1%}."
         )
     for audit in measured.get("audits", {}).values():
+        # Audits that speak against the figures stand on top of the page; here are those that found
+        # nothing.
         if not audit.get("speaks") and audit.get("sentence"):
             sentences.append(audit["sentence"])
+    # Only the flags that changed something, as somebody would write them.
     flags = [f"--workdir={workdir}", f"--k={','.join(map(str, list_lengths(measured)))}"]
     if protocol["split"] != "test":
         flags.append(f"--split={protocol['split']}")
@@ -300,6 +324,7 @@ def learning(lines: Sequence[Mapping[str, float]], metric: str, step: int) -> Se
         metric: Validation metric that chose the checkpoint.
         step: Step of the checkpoint.
     """
+    # Losses and validations are lines of their own, at steps of their own.
     losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
     key = f"validation/{metric}"
     checks = [(line["step"], line[key]) for line in lines if key in line]
@@ -392,15 +417,14 @@ def lists(measured: Measured, workdir: str) -> Section:
 
 def _by_length(measured: Measured, metric: str) -> Chart:
     ks = list_lengths(measured)
-    figures = {"model": measured["model"], **measured.get("baselines", {})}
-    # The best that are compared; those that fit no more are in the table.
-    order = ["model", *sorted(figures, key=lambda name: -figures[name][f"{metric}@{ks[0]}"])]
-    shown = list(dict.fromkeys(order))[:MOST_LINES]
+    figures = _rankings(measured)
+    shown = _model_first(figures, f"{metric}@{ks[0]}")
     lines = []
     for name in shown:
         values = [figures[name][f"{metric}@{k}"] for k in ks]
         ends = [_interval_of(measured, name).get(f"{metric}@{k}") for k in ks]
         known = [end for end in ends if end is not None]
+        # A band with gaps would be drawn as if it were whole.
         if len(known) < len(ks):
             known = []
         low, high = zip(*known) if known else ((), ())
@@ -477,9 +501,8 @@ def _slice_charts(measured: Measured) -> list[Chart]:
 def _beyond_charts(measured: Measured) -> list[Chart]:
     """Returns recall against coverage and against novelty, and what weighing popularity does."""
     k = list_lengths(measured)[0]
-    figures = {"model": measured["model"], **measured.get("baselines", {})}
-    order = ["model", *sorted(figures, key=lambda name: -figures[name][f"recall@{k}"])]
-    shown = list(dict.fromkeys(order))[:MOST_LINES]
+    figures = _rankings(measured)
+    shown = _model_first(figures, f"recall@{k}")
     axes = {
         "coverage": (
             f"coverage@{k} (share of all items in some list, 0 to 1)",
@@ -511,6 +534,7 @@ def _beyond_charts(measured: Measured) -> list[Chart]:
 
 
 def _frontier(weights: Mapping[str, Mapping[str, float]], k: int) -> Chart:
+    # Keys of JSON are text.
     x = [float(weight) for weight in weights]
     names = {"recall": "recall", "coverage": "coverage", "long_tail": "long tail"}
     lines = []
@@ -535,9 +559,10 @@ def _frontier(weights: Mapping[str, Mapping[str, float]], k: int) -> Chart:
 
 
 def _all_figures(measured: Measured) -> Table:
-    figures = {"model": measured["model"], **measured.get("baselines", {})}
+    figures = _rankings(measured)
     rows = []
     for metric, value in measured["model"].items():
+        # Counts of queries and nested figures are told elsewhere.
         if "@" not in metric or not isinstance(value, (int, float)):
             continue
         cells = [values.get(metric) for values in figures.values()]
