@@ -858,7 +858,8 @@ def evaluate(
     folder = run.workdir / BUNDLE
     retriever = None
     if folder.exists():
-        retriever = Retriever.load(folder)
+        # Its index alone is measured.
+        retriever = Retriever.load(folder, load_towers=False)
     run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
     options = BaselineOptions(
         tuple(without_baselines), parse_window(popularity_window), quantile_threshold

@@ -281,6 +281,18 @@ def dot_scores(
     return lambda block: dot(put(mesh, users[block], REPLICATED), parts)
 
 
+def rows_of_scores(scores: Scores, rows: np.ndarray) -> Scores:
+    """Returns the scores of some queries alone.
+
+    Args:
+        scores: Scores of vectors, see `dot_scores`, whose queries any index may choose.
+        rows: Positions of the queries, int [R].
+    """
+    # An index in the place of the slice, which other scores do not take.
+    index: Any = rows
+    return lambda block: scores(index[block])
+
+
 def query_vectors(
     prepared: PreparedData, model: TwoTower, weights: Weights, queries: Queries
 ) -> np.ndarray:

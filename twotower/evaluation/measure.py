@@ -28,6 +28,7 @@ from twotower.evaluation.evaluate import (
     evaluate,
     evaluate_both,
     model_scores,
+    rows_of_scores,
 )
 from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import label_tasks, make_head_metrics
@@ -151,7 +152,7 @@ def measure_run(
     if keep_queries:
         _write_queries(run, queries, masked, measured["protocol"] | {"ks": list(ks)})
     measured["slices"] = measure_slices(parts, queries, masked, ks)
-    measured |= _measure_new(run, queries, ks)
+    measured |= _measure_new(rankings["model"], run.prepared.train.user, queries, ks)
     if popularity_weights:
         measured["popularity_weights"] = measure_popularity_weights(
             rankings["model"], queries, ks, popularity_weights
@@ -252,25 +253,35 @@ def measure_answers(queries: Queries, split: str, *, has_item_table: bool) -> Me
     return measured
 
 
-def _measure_new(run: Run, queries: Queries, ks: Sequence[int]) -> Measured:
+def _measure_new(
+    scores: Scores, trained: np.ndarray, queries: Queries, ks: Sequence[int]
+) -> Measured:
     """Measures relevant items, and queries of users, that training never saw, where there are any.
 
     They rank the whole corpus with seen items masked, by the model and at random.
+
+    Args:
+        scores: Scores of the model, of any rows of the queries.
+        trained: Users of training rows.
+        queries: All queries.
+        ks: Lengths of the lists.
     """
     measured: Measured = {}
     # A user of any training row is known, whether the row is positive or not.
+    is_new = ~np.isin(queries.user, trained)
     parts = {
-        "new_items": queries.keep_new_items(),
-        "new_users": queries.keep_new_users(run.prepared.train.user),
+        "new_items": (queries.keep_new_items(), np.ones(len(queries), bool)),
+        "new_users": (queries, is_new),
     }
-    for name, part in parts.items():
-        # Few queries are left of many: the others would only be embedded.
-        part = part.take(np.flatnonzero(part.num_relevant > 0))
+    for name, (all_queries, is_asked) in parts.items():
+        # Few queries are left of many: the others would only be scored.
+        rows = np.flatnonzero(is_asked & (all_queries.num_relevant > 0))
+        part = all_queries.take(rows)
         if not len(part):
             continue
         # Chance is the bar: popularity ranks every new item last.
         rankings = {
-            "model": model_scores(run.prepared, run.model, run.weights, part),
+            "model": rows_of_scores(scores, rows),
             "random": random_scores(part.num_items),
         }
         measured[name] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -73,6 +74,11 @@ class Queries:
 
         Where seen items are masked no list can hold them, so that they would count as missed.
         """
+        return self._without_seen
+
+    @functools.cached_property
+    def _without_seen(self) -> Queries:
+        # Each of a dozen baselines asks for it.
         return dataclasses.replace(self, relevant=self.relevant.filter(~self.is_repeat()))
 
     def keep_new_items(self) -> Queries:

@@ -104,7 +104,7 @@ def batch_rates(
         is_negative = is_other & ~is_masked
         # The mask knows the rows of the batch alone: the other items of a user stay as false
         # negatives.
-        is_known = seen.contains(users[query, None], items[None, :])
+        is_known = _hold(seen.take(users[query]), items)
         masked.append((is_other & is_masked).sum() / max(is_other.sum(), 1))
         false.append((is_negative & is_known).sum() / max(is_negative.sum(), 1))
     return {
@@ -113,6 +113,23 @@ def batch_rates(
         "masked_rate": float(np.mean(masked)),
         "false_negative_rate": float(np.mean(false)),
     }
+
+
+def _hold(lists: Ragged, values: np.ndarray) -> np.ndarray:
+    """Returns whether each list has each value, bool [R, M].
+
+    Args:
+        lists: R lists.
+        values: int [M].
+    """
+    # What the lists hold is looked up among the values: far fewer than all pairs.
+    distinct, position = np.unique(values, return_inverse=True)
+    column = np.searchsorted(distinct, lists.values)
+    column = np.minimum(column, len(distinct) - 1)
+    is_asked = distinct[column] == lists.values
+    held = np.zeros((len(lists), len(distinct)), bool)
+    held[lists.rows[is_asked], column[is_asked]] = True
+    return held[:, position]
 
 
 def expected_counts(sampling: NegativeSampling, counts: np.ndarray) -> dict[str, Any]:

@@ -186,7 +186,9 @@ def _words(source: _Source) -> Factors:
 
 
 def _graph(source: _Source) -> Factors:
-    model, choice = fit_item_graph(source.train, source.num_items, source.tuning)
+    model, choice = fit_item_graph(
+        source.train, source.num_items, source.tuning, cache=source.cache
+    )
     second = model.walk.second
     steps = model.steps
 

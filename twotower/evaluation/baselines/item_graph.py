@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 
 from twotower.core.arrays import Ragged
-from twotower.evaluation.baselines.tuning import Choice, best_model, sparse_array
+from twotower.evaluation.baselines.tuning import (
+    NO_CACHE,
+    Choice,
+    FitCache,
+    Fitted,
+    best_model,
+    sparse_array,
+)
 from twotower.evaluation.evaluate import Scores
 from twotower.evaluation.queries import Queries
 
@@ -48,7 +55,7 @@ WALKS = (
 
 
 def make_item_graph(
-    sequences: Ragged, queries: Queries, tuning: Queries | None
+    sequences: Ragged, queries: Queries, tuning: Queries | None, *, cache: FitCache = NO_CACHE
 ) -> tuple[Scores, Choice]:
     """Makes the scores of "item_graph", with the walk that was chosen.
 
@@ -57,15 +64,26 @@ def make_item_graph(
         queries: Queries to score. One without seen items gets 0 for all.
         tuning: Validation queries, whose NDCG@10 with seen items masked chooses the walk; None
             takes a middle one.
+        cache: Graphs that were made of the same data before.
     """
-    model, choice = fit_item_graph(sequences, queries.num_items, tuning)
+    model, choice = fit_item_graph(sequences, queries.num_items, tuning, cache=cache)
     return model(queries), choice
 
 
 def fit_item_graph(
-    sequences: Ragged, num_items: int, tuning: Queries | None
+    sequences: Ragged, num_items: int, tuning: Queries | None, *, cache: FitCache = NO_CACHE
 ) -> tuple[GraphModel, Choice]:
     """Makes the graph, and chooses the walk, of `make_item_graph`."""
+    settings = (WALKS, WINDOW, BACKWARD, POPULARITY)
+    fitted = cache.fit("item_graph", settings, lambda: _fit(sequences, num_items, tuning))
+    arrays = fitted.arrays
+    steps = sparse_array(arrays["shares"], arrays["items"], arrays["offsets"], num_items)
+    walk = WALKS[int(arrays["walk"][0])]
+    return GraphModel(steps, arrays["discount"], walk), fitted.choice
+
+
+def _fit(sequences: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
+    """Returns the arrays of a `GraphModel`, with the number of its walk."""
     steps = transition_shares(sequences, num_items)
     popularity = np.bincount(sequences.values, minlength=num_items)
     discount = np.maximum(popularity, 1.0) ** -POPULARITY
@@ -75,7 +93,15 @@ def fit_item_graph(
 
     if tuning is not None:
         tuning = tuning.sample(TUNING_QUERIES)
-    return best_model("item_graph: walk over", WALKS, make, tuning)
+    model, choice = best_model("item_graph: walk over", WALKS, make, tuning)
+    arrays = {
+        "shares": steps.data,
+        "items": steps.indices,
+        "offsets": steps.indptr,
+        "discount": discount,
+        "walk": np.array([WALKS.index(model.walk)]),
+    }
+    return Fitted(arrays, choice)
 
 
 def transition_shares(sequences: Ragged, num_items: int) -> Any:

@@ -195,7 +195,7 @@ def _fitted(
     # Graph, neighbours and factors are left out beyond a size: a comparison may not take longer
     # than the training.
     if "item_graph" not in without and train.values.size <= MAX_GRAPH_ROWS:
-        baselines.add("item_graph", *make_item_graph(train, queries, tuning))
+        baselines.add("item_graph", *make_item_graph(train, queries, tuning, cache=cache))
     elif "item_graph" not in without:
         logging.warning(
             "item_graph is left out: it joins neighbours in %d rows, and more than %d take too "
