@@ -11,6 +11,7 @@ from twotower.evaluation.baselines.item_graph import (
     make_item_graph,
     transition_shares,
 )
+from twotower.evaluation.baselines.tuning import FitCache
 from twotower.evaluation.queries import Queries
 
 ITEMS = 30
@@ -81,3 +82,13 @@ def test_the_next_item_of_a_chain_is_first():
     )
     scores = make_item_graph(chain, queries, None)[0](slice(0, 1))[0]
     assert np.argmax(np.where(np.isin(np.arange(6), [0, 1, 2]), -1, scores)) == 3
+
+
+def test_a_graph_that_was_kept_scores_as_the_one_that_was_made(sequences, tmp_path):
+    queries = asked(sequences)
+    cache = FitCache(tmp_path, "data")
+    made, choice = make_item_graph(sequences, queries, queries, cache=cache)
+    # Other sequences: what is read is what was kept.
+    kept, same_choice = make_item_graph(Ragged.empty(40), queries, queries, cache=cache)
+    np.testing.assert_array_equal(kept(slice(0, 40)), made(slice(0, 40)))
+    assert same_choice == choice and choice.tried == len(item_graph.WALKS)

@@ -1,6 +1,8 @@
 """Values of display columns read from buffers against Arrow's own scalars."""
 
 import datetime
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -42,6 +44,26 @@ def test_values_are_those_of_arrow(name, first, pieces):
     assert found == expected
     assert [type(x) for x in found] == [type(x) for x in expected]
     assert read([]) == []
+
+
+WITHOUT_PANDAS = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pandas":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+import pyarrow as pa
+from twotower.retrieval.live.segments import values_reader
+for kind in map(pa.type_for_alias, ("int8", "uint16", "int64", "uint64", "float", "double")):
+    read = values_reader(pa.chunked_array([pa.array([1, None, 3], kind)]))
+    assert read([2, 1, 0]) == [3, None, 1], kind
+"""
+
+
+def test_numbers_are_read_where_pandas_is_not_installed():
+    """It is no requirement; Arrow's own ways to NumPy's types import it."""
+    subprocess.run([sys.executable, "-c", WITHOUT_PANDAS], check=True)
 
 
 def test_no_rows_at_all():

@@ -262,6 +262,10 @@ def values_reader(column: pa.ChunkedArray) -> ReadValues:
 
 def _numbers_reader(array: pa.Array) -> ReadValues:
     """Returns a function from rows to their numbers, whatever stands in the place of nulls."""
-    kind: Any = np.dtype(array.type.to_pandas_dtype()).char
+    letter = "f" if pa.types.is_floating(array.type) else "i"
+    if pa.types.is_unsigned_integer(array.type):
+        letter = "u"
+    # Not by `to_pandas_dtype`, which fails where pandas is not installed.
+    kind: Any = np.dtype(f"{letter}{array.type.bit_width // 8}").char
     values = memoryview(array.buffers()[1] or b"").cast("B").cast(kind)[array.offset :]
     return lambda rows: [values[row] for row in rows]
