@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import numpy as np
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -12,6 +13,8 @@ from twotower.core.errors import ConfigError
 from twotower.evaluation import evaluate as module
 from twotower.evaluation import measure, metrics, slices
 from twotower.evaluation.baselines.tuning import Baselines
+from twotower.evaluation.comparison.compare import parts_of
+from twotower.evaluation.comparison.records import read_record
 from twotower.evaluation.evaluate import (
     evaluate,
     make_validate,
@@ -113,6 +116,26 @@ def test_the_table_of_queries_holds_what_the_figures_are_means_of(run, measured)
         for name, value in figures.items():
             if name.partition("@")[0] in metrics.RANKING_METRICS:
                 assert np.mean(answered[f"{ranking}/{name}"]) == pytest.approx(value, abs=1e-12)
+
+
+def test_the_table_of_queries_tells_the_slices_apart(run, measured):
+    table = pq.read_table(run.workdir / "evaluation" / "queries.parquet")
+    answered = table.filter(table["answered"])
+    # The lists of categories are of items, and no value of a query.
+    names = [name for name in table.column_names if name.startswith("slice/")]
+    assert names == ["slice/users", "slice/history", "slice/city", "slice/row.event"]
+    for name in names:
+        parts = measured["slices"][name.removeprefix("slice/")]
+        assert set(answered[name].to_pylist()) == set(parts)
+        for value, part in parts.items():
+            of_value = answered.filter(pc.equal(answered[name], value))
+            assert len(of_value) == part["queries"]
+            figure = part["model"]["recall@5"]
+            assert np.mean(of_value["model/recall@5"]) == pytest.approx(figure, abs=1e-12)
+    record = read_record(str(run.workdir))
+    lengths = [part.value for part, _ in parts_of(record) if part.slice == "history"]
+    order = [value for value in slices.HISTORY_BUCKETS.values() if value in lengths]
+    assert lengths == order and len(order) > 2
 
 
 def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured):

@@ -40,7 +40,12 @@ from twotower.evaluation.query_table import (
     record_name,
     write_query_table,
 )
-from twotower.evaluation.slices import column_slice, default_slices, measure_slices
+from twotower.evaluation.slices import (
+    column_slice,
+    default_slices,
+    label_queries,
+    measure_slices,
+)
 from twotower.index.exact import ExactIndex
 from twotower.index.recall import list_recall
 from twotower.index.vectors import append_coordinate, log_counts
@@ -150,7 +155,8 @@ def measure_run(
     masked = _measure_rankings(rankings, queries, ks, further, measured)
     # Of masked lists alone: runs are compared by these.
     if keep_queries:
-        _write_queries(run, queries, masked, measured["protocol"] | {"ks": list(ks)})
+        protocol = measured["protocol"] | {"ks": list(ks)}
+        _write_queries(run, queries, masked, protocol, label_queries(parts, queries))
     measured["slices"] = measure_slices(parts, queries, masked, ks)
     measured |= _measure_new(rankings["model"], run.prepared.train.user, queries, ks)
     if popularity_weights:
@@ -192,10 +198,14 @@ def _measure_rankings(
 
 
 def _write_queries(
-    run: Run, queries: Queries, masked: Mapping[str, Evaluation], protocol: Measured
+    run: Run,
+    queries: Queries,
+    masked: Mapping[str, Evaluation],
+    protocol: Measured,
+    labels: Mapping[str, Sequence[str]],
 ) -> None:
     """Writes the figures of every query into the folder of a run."""
-    table = query_table(run.prepared.users["user_id"], queries, masked, protocol)
+    table = query_table(run.prepared.users["user_id"], queries, masked, protocol, labels)
     write_query_table(table, query_table_path(run.workdir, record_name(protocol)))
 
 

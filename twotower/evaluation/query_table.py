@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from twotower.evaluation.metrics import RANKING_METRICS
 from twotower.evaluation.queries import Queries
 
 PROTOCOL_KEY = b"twotower"  # of the metadata of the schema
+SLICE = "slice/"  # start of the names of columns that divide the queries
 
 
 def query_table(
@@ -25,6 +26,7 @@ def query_table(
     queries: Queries,
     evaluations: Mapping[str, Evaluation],
     protocol: Mapping[str, Any],
+    labels: Mapping[str, Sequence[str]] | None = None,
 ) -> pa.Table:
     """Returns the figures of every query, a row for each, in the order of the queries.
 
@@ -33,11 +35,14 @@ def query_table(
         queries: Queries that were measured.
         evaluations: What was measured of each ranking, by its name.
         protocol: How it was measured; kept as JSON in the metadata of the schema.
+        labels: Value of each query by the name of a slice, see `twotower.evaluation.slices`; "" of
+            one that is in none.
 
     Returns:
         Columns "user", the id as text; "query", the number of the query; "answered", whether it has
-        a right answer, so that it counts in the means; "relevant", the number of right answers; and
-        one for each ranking and metric, such as "model/recall@10", null where nothing was asked.
+        a right answer, so that it counts in the means; "relevant", the number of right answers; one
+        for each ranking and metric, such as "model/recall@10", null where nothing was asked; and
+        one for each slice, such as "slice/users".
     """
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         "user": plain_text(user_ids.take(pa.array(queries.user))),
@@ -51,6 +56,8 @@ def query_table(
             if name.partition("@")[0] in RANKING_METRICS:
                 is_missing = ~evaluation.is_averaged
                 columns[f"{ranking}/{name}"] = pa.array(values, pa.float64(), mask=is_missing)
+    for name, values in (labels or {}).items():
+        columns[f"{SLICE}{name}"] = pa.array(values, pa.string())
     # In the file itself, as tables of two protocols must not be compared.
     metadata = {PROTOCOL_KEY: json.dumps(protocol).encode()}
     return pa.table(columns).replace_schema_metadata(metadata)

@@ -185,6 +185,29 @@ def measure_slices(
     }
 
 
+def label_queries(slices: Mapping[str, Slice], queries: Queries) -> dict[str, list[str]]:
+    """Returns the value of each query by the name of a slice; "" of one that is in none.
+
+    Slices of items are left out, and those that put a query into several values.
+
+    Args:
+        slices: Slices by name.
+        queries: Queries that were measured.
+    """
+    unseen = queries.without_seen()
+    labels = {}
+    for name, part in slices.items():
+        if part.of_items or part.groups.lengths.max(initial=0) > 1:
+            continue
+        # As they are measured: values of few queries tell nothing apart in a comparison either.
+        if part.joins_few:
+            part = _join_few(part, unseen)
+        values = np.full(len(queries), "", object)
+        values[part.groups.rows] = np.array(part.values, object)[part.groups.values]
+        labels[name] = values.tolist()
+    return labels
+
+
 def _measure_slice(
     part: Slice, queries: Queries, evaluations: Mapping[str, Evaluation], ks: Sequence[int]
 ) -> dict[str, Any]:

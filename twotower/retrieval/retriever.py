@@ -291,7 +291,7 @@ class Retriever:
         )
         # From the snapshot that was searched: an item may be replaced meanwhile.
         items = _recommendations(snapshot, scores[0], positions[0])
-        # Only for an empty list, as counting the matching items takes as long as the search.
+        # Only for an empty list: counting the matching items goes over all of them.
         if not items and filters.where:
             note = _note_of_none(snapshot, filters.where)
         return Recommendations(items, known=bool(user_rows[0] >= 0), note=note)
@@ -555,8 +555,7 @@ class Retriever:
         columns = []
         for name, column in zip(base.column_names, base.columns):
             form = self.forms.contract.columns.get(f"item.{name}")
-            # Text is a time where a feature reads it as one; numbers of older bundles by their
-            # unit.
+            # A feature reads it as a time; in older bundles its unit says so.
             is_time = isinstance(form, TimeForm) or name in self.forms.units
             if is_time or _holds_times(column):
                 columns.append(name)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -33,7 +34,7 @@ class Part:
     """A part of the queries.
 
     Attributes:
-        slice: Name of the division, such as "popularity_decile"; "" for all queries.
+        slice: Name of the division, such as "history"; "" for all queries.
         value: Value of its queries; "" for all.
     """
 
@@ -203,12 +204,19 @@ def parts_of(record: Record) -> list[tuple[Part, np.ndarray]]:
 
 
 def _in_order(values: set[str]) -> list[str]:
-    """Returns values by the numbers that they are, where all of them are numbers."""
+    """Returns values by the numbers that they are, or that stand in them: "3 to 5", "11 to 20"."""
     try:
-        # Deciles: "10" stands behind "9".
         return sorted(values, key=float)
     except ValueError:
-        return sorted(values)
+        return sorted(values, key=_by_numbers)
+
+
+def _by_numbers(value: str) -> list[str | int]:
+    # Texts and numbers take turns, so that like is always compared with like.
+    parts: list[str | int] = []
+    for number, part in enumerate(re.split(r"(\d+)", value)):
+        parts.append(int(part) if number % 2 else part)
+    return parts
 
 
 def differences_of(

@@ -123,8 +123,8 @@ def read_thresholds(content: Mapping[str, Any], record: Record) -> list[Threshol
     """Reads thresholds, and refuses every name that there is not.
 
     Args:
-        content: {"recall@10": {"tolerance": 0.005}, "slices": {"decile=9": {"recall@10": {"share":
-            0.1}}}}. A slice without a value means each of its values.
+        content: {"recall@10": {"tolerance": 0.005}, "slices": {"users=cold": {"recall@10":
+            {"share": 0.1}}}}. A slice without a value means each of its values.
         record: Record of the run that stands, whose metrics and slices these must be.
 
     Raises:

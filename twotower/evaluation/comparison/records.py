@@ -16,10 +16,9 @@ from twotower.core.errors import ConfigError, choose, echo
 from twotower.core.install import command
 from twotower.evaluation.metrics import RANKING_METRICS
 from twotower.evaluation.queries import EARLIER_PARTS, TARGETS
-from twotower.evaluation.query_table import PROTOCOL_KEY, query_table_path
+from twotower.evaluation.query_table import PROTOCOL_KEY, SLICE, query_table_path
 
 MODEL = "model"  # ranking of a run's own towers
-SLICE = "slice/"  # start of the names of columns that divide the queries
 # Entries of a protocol that are the model's, or that say which figures there are: runs may differ
 # in them.
 OF_THE_MODEL = ("step", "dim", "ks")
