@@ -11,8 +11,8 @@ RUN:NAME is a baseline that was measured beside it (--baselines). All must have 
 judges whether runs/new may take the place of runs/live. Exit status 0: it passes; 1: it fails, as
 the whole interval of a difference lies below -tolerance; 2: undecided, or the gate refuses to
 judge, since models of known worth came through it: shuffled scores, a collapsed model, a tenth of
-the training. limits.json: {"recall@10": {"tolerance": 0.005}, "slices": {"users=cold": {"recall@10":
-{"share": 0.1}}}}; by default a twentieth of recall and NDCG. A mistake ends with 78.
+the training. limits.json: {"recall@10": {"tolerance": 0.005}, "slices": {"users=cold":
+{"recall@10": {"share": 0.1}}}}; by default a twentieth of recall and NDCG. A mistake ends with 78.
 """
 
 from __future__ import annotations
