@@ -322,6 +322,7 @@ def shuffled(record: Record, *, seed: int = 0) -> Record:
     hits = np.zeros((len(record.relevant), max(ks)), bool)
     is_listed = ranks < max(ks)
     hits[queries[is_listed], ranks[is_listed]] = True
+    # By the metrics' own function, so that a random order is judged as any model is.
     figures = ranking_figures(hits, record.relevant, ks)
     return dataclasses.replace(record, values={name: figures[name] for name in record.values})
 

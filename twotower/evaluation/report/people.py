@@ -114,6 +114,7 @@ def describe_people(
     if not len(rows):
         return []
     part = queries.take(rows)
+    # As at the time of the query: a history holds nothing that came later.
     features = prepared.user_features(part.user, part.context)
     vectors = embed_rows(model, weights, "user", features)
     seen = part.seen_lists(slice(0, len(part)))
@@ -131,6 +132,8 @@ def describe_people(
             time = None if times is None else int(times[part.row[number]])
             spans = part.context.get(SPANS)
             span = None if spans is None else spans[number : number + 1]
+            # Of the first item alone: leaving out each event of a history takes a run of the tower
+            # for each.
             reasons = _reasons(prepared, model, weights, one, span, time, items[listed[:1]], titles)
         missed = relevant[~np.isin(relevant, listed)]
         people.append(

@@ -99,6 +99,8 @@ def list_lengths(measured: Measured) -> list[int]:
 
 def find_verdict(measured: Measured) -> Verdict:
     """Compares the recall of the shortest lists with that of the best baseline."""
+    # The shortest lists are what somebody sees without scrolling; recall says the same to
+    # everybody.
     metric = f"recall@{list_lengths(measured)[0]}"
     value = measured["model"][metric]
     low, high = measured.get("model_intervals", {}).get(metric, (value, value))
@@ -214,6 +216,7 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
     """Returns the figure of the model and of each baseline, the best first."""
     intervals = measured.get("model_intervals", {})
     figures = _rankings(measured)
+    # The model stands where it belongs among the others, and is marked.
     order = _best_first(figures, metric)
     marks = []
     rows = []

@@ -138,6 +138,7 @@ def format_metrics(
     for name in names:
         row = [name, *(_figure(values, name) for values in columns.values())]
         if intervals:
+            # After the model's own figure, which alone has one.
             row.insert(2, _interval(intervals.get(name)))
         rows.append(row)
     header = ["", *map(_short_name, columns)]
@@ -191,6 +192,7 @@ def format_seeds(measured: Sequence[Mapping[str, Any]], ks: Sequence[int], split
     lines = []
     for suffix, title in MASKING_TITLES.items():
         models = [values[f"model{suffix}"] for values in measured]
+        # They depend on no seed, and are measured with the first alone.
         baselines = measured[0].get(f"baselines{suffix}", {})
         lines += ["", f"{title}, {split}, {len(measured)} seeds:"]
         lines.append(format_spread(models, baselines, ks))
@@ -253,9 +255,11 @@ def _baseline_line(manifest: Mapping[str, Any]) -> str:
     """Returns a line on the baseline that a bundle holds, with what it reaches as it is served."""
     baseline = manifest["baseline"]
     line = f"{baseline['name']}: {baseline['setting']}"
+    # One of the numbers is that of popularity.
     if not baseline["exact"]:
         line += f"; {manifest['dim'] - 1} numbers a vector approximate it (--baseline_dim)"
     figures = manifest.get("figures", {}).get("test", {})
+    # The first of them: the manifest of the bundle has all.
     shown = [f"{name} {figures[name]:.4f}" for name in list(figures)[:1]]
     if shown:
         line += f"; as it is served, {shown[0]} on test rows"
@@ -376,6 +380,8 @@ def _choices_line(choices: Mapping[str, Mapping[str, Any]]) -> str:
     entries = []
     for name, choice in choices.items():
         tried = ""
+        # A baseline that was chosen among many is told as the model is: each try finds some of its
+        # figure by chance.
         if choice["tried"] > 1:
             tried = f" (the best of {choice['tried']} on validation)"
         entries.append(f"{_short_name(name)}: {choice['setting']}{tried}")

@@ -87,6 +87,7 @@ def space(
         header = [grouping.column, "items", "mean of axis 1", "mean of axis 2"]
         numbers = Table(header, group_rows(grouping, plane, counts), title)
         made.append(Chart(name, title, svg, caption, numbers))
+    # The map is coloured by the first column alone: it has room for one key.
     blocks = [charts([*made, *further]), _map(plane, groupings[0], titles, vectors)]
     if images:
         blocks.append(paragraph(f"As images beside this file: {', '.join(images)}.", "note"))
@@ -130,6 +131,7 @@ def group_rows(grouping: Grouping, plane: Plane, counts: np.ndarray) -> list[lis
     """
     rows = []
     for number, label in enumerate(grouping.labels):
+        # Drawn from a sample, a small group may have no item in it.
         if not counts[number]:
             continue
         x, y = plane.points[grouping.groups == number].mean(0)
@@ -219,6 +221,7 @@ def index(
     parts = []
     if "index" in measured:
         found = measured["index"]
+        # There is one, whose length the measurement has chosen.
         recall = next(value for name, value in found.items() if name.startswith("recall@"))
         blocks.append(
             paragraph(
@@ -257,11 +260,13 @@ def index(
 def _trials(tuning: Tuning) -> Chart:
     effort = tuning.efforts[0] if tuning.efforts else None
     k = effort.k if effort else tuning.tried[0].k
+    # Those of the lists of `config.retrieval.k`: recalls of other lengths do not compare.
     trials = [trial for trial in tuning.tried if trial.k == k]
     by_reorder: dict[int, list[Trial]] = {}
     for trial in trials:
         by_reorder.setdefault(trial.reorder, []).append(trial)
     lines = []
+    # As many lines as can be told apart; the table has all.
     for reorder in sorted(by_reorder)[:6]:
         series = sorted(by_reorder[reorder], key=lambda trial: trial.recall)
         label = f"{reorder} again" if reorder else "whole"
@@ -327,9 +332,11 @@ def storage_recall(
         in the top 10 by stored ones.
     """
     k = min(STORED_K, len(items))
+    # Against the whole vectors, not against right answers: what storage itself loses.
     _, truth = top_k(users, items, k)
     dim = items.shape[1]
     measured = []
+    # Halves, as models are trained for; of less than four numbers nothing is left to search in.
     for width in [dim // factor for factor in (1, 2, 4, 8) if dim // factor >= 4]:
         cut_users = _cut(users, width, normalized)
         cut_items = _cut(items, width, normalized)
@@ -349,6 +356,7 @@ def _cut(vectors: np.ndarray, width: int, normalized: bool) -> np.ndarray:
     if not normalized:
         return np.ascontiguousarray(cut)
     lengths = np.linalg.norm(cut, axis=1, keepdims=True)
+    # A vector of zeros stays one: it has no direction.
     return cut / np.maximum(lengths, 1e-30)
 
 
@@ -371,6 +379,7 @@ def _storage(users: np.ndarray, items: np.ndarray, *, normalized: bool) -> Chart
     )
     rows = []
     for kind, width, size, recall in measured:
+        # Of all items, of which the sample only has a share.
         total = f"{size * len(items) / 2**20:,.1f}"
         rows.append([f"{kind}, {width} wide", str(size), total, f"{recall:.4f}"])
     caption = (
@@ -403,6 +412,8 @@ def health(
     """
     parts = [_hubs(users, items)]
     lengths = np.linalg.norm(items, axis=1)
+    # Normalised vectors differ in length by rounding alone, which no chart should show as a
+    # pattern.
     is_one_length = float(lengths.std()) < 1e-3 * max(float(lengths.mean()), 1e-30)
     if not is_one_length:
         parts.append(_norms(lengths, counts))
@@ -437,6 +448,7 @@ def _hubs(users: np.ndarray, items: np.ndarray) -> Chart:
     counts = np.sort(count_in_lists(users, items))[::-1]
     shares = np.cumsum(counts) / max(int(counts.sum()), 1)
     # At whole shares of the items, from the most listed.
+    # Evenly spaced on the logarithmic axis, on which a million points would be drawn on each other.
     marks = np.unique(np.geomspace(1, len(items), 40).astype(int))
     x = marks / len(items)
     y = shares[marks - 1]
@@ -463,6 +475,7 @@ def _hubs(users: np.ndarray, items: np.ndarray) -> Chart:
 
 def _norms(lengths: np.ndarray, counts: np.ndarray) -> Chart:
     rows = evenly_spaced(np.arange(len(lengths)), DRAWN_ITEMS)
+    # Plus one, as items without rows have no place on a logarithmic axis.
     shown = counts[rows] + 1
     svg = scatter_chart(
         "norms",
@@ -480,6 +493,8 @@ def _norms(lengths: np.ndarray, counts: np.ndarray) -> Chart:
     edges = np.quantile(counts, [0, 0.25, 0.5, 0.75, 1])
     table_rows = []
     for low, high in zip(edges, edges[1:]):
+        # Ends count on both sides: many items may have the same number of rows, and a quarter none
+        # of its own.
         part = lengths[(counts >= low) & (counts <= high)]
         table_rows.append([f"{low:,.0f} to {high:,.0f}", f"{part.mean():.4f}", f"{part.std():.4f}"])
     title = "Length of item vectors against popularity"

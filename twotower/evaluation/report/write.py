@@ -77,6 +77,8 @@ def write_report(
     Raises:
         ConfigError: Matplotlib or UMAP is missing, or a column is unknown.
     """
+    # Also here, as others than the command write reports: what is missing is told in the same
+    # words.
     check_report()
     prepared = run.prepared
     protocol = measured["protocol"]
@@ -84,13 +86,18 @@ def write_report(
     targets = protocol.get("targets", "")
     counts = item_counts(prepared)
     groupings = choose_columns(prepared.items, columns, counts)
+    # At the width of the export: the pictures are of what is searched in.
     model = served_model(run)
     items = embed_rows(model, run.weights, "item", prepared.features["item"])
     every_query = make_queries(prepared, split, run.config.evaluation.query, targets=targets)
+    # Of queries, with what people had before, and not of all users once: these vectors are what is
+    # searched with.
     users = query_vectors(prepared, model, run.weights, every_query.sample(QUERIES))
     titles = item_titles(prepared.items, run.config.retrieval.display)
     lines = list(read_lines(run.workdir))
+    # Once, for all pictures and the map: an item is at one place in each.
     plane = project(items)
+    # Beside the page, for slides and chats; in the page the pictures are SVG.
     images = [path.with_name(f"items_by_{_file_name(part.column)}.png") for part in groupings]
     for image, grouping in zip(images, groupings):
         _write_image(image, plane, grouping, run.workdir.name)
@@ -136,11 +143,13 @@ def data_section(report: DataReport | None) -> Section:
         return Section("data", "The data", lead, [note])
     blocks = [bullets(report.lines())]
     if report.warnings:
+        # Before the figures of the data, most of which nobody reads.
         blocks.insert(0, bullets(report.warnings))
     return Section("data", "The data", lead, blocks)
 
 
 def _write_image(path: Path, plane: Plane, grouping: Grouping, title: str) -> None:
+    # An image of more points is one spot.
     rows = evenly_spaced(np.arange(len(plane.points)), IMAGE_ITEMS)
     buffer = io.BytesIO()
     scatter_image(
