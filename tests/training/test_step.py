@@ -18,6 +18,7 @@ from twotower.kernels.sparse_update import apply_gradients
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 from twotower.towers.two_tower import Weights
 from twotower.training.init import init_state
+from twotower.training.optimizers import StepScalars
 from twotower.training.step import gather_gradients, gather_ids, lookup_all, oov_dropout, train_step
 
 pytestmark = pytest.mark.slow
@@ -142,6 +143,20 @@ def test_the_jitted_step_equals_the_plain_one(make):
     plain, _ = train_step(state, batch, {}, trainer=trainer)
     jitted, _ = _step(state, batch, trainer=trainer)
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), plain, jitted)
+
+
+def test_rates_and_seeds_are_arguments_of_one_program(make):
+    """Trials of a sweep that differ in these alone compile once."""
+    programs = set()
+    for seed, table_rate, rate, decay in ((0, 0.1, 1e-3, 0.0), (7, 0.3, 2e-2, 0.1)):
+        optimizer = {"kind": "adamw", "learning_rate": rate, "weight_decay": decay}
+        tables = {"learning_rate": table_rate}
+        config = small_config(training={"seed": seed, "tables": tables, "optimizer": optimizer})
+        trainer, state, batch = make(config)
+        scalars = StepScalars.build(config.training)
+        step = jax.jit(functools.partial(train_step, trainer=trainer))
+        programs.add(step.lower(state, batch, {"scalars": scalars}).as_text())
+    assert len(programs) == 1
 
 
 def test_rows_that_the_batch_does_not_use_keep_their_bits(make):

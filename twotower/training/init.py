@@ -27,6 +27,7 @@ from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
 from twotower.objectives.negatives import init_queue
 from twotower.towers.embeddings import padded_rows
+from twotower.training.optimizers import StepScalars
 from twotower.training.state import Trainer, TrainState, state_specs
 
 
@@ -38,9 +39,9 @@ def init_state(trainer: Trainer, counts: Mapping[str, Any]) -> TrainState:
         counts: Training rows of each user ("user", float32 [U]), of each item ("item", [N]) and in
             all ("rows").
     """
-    # Drawn again from the same seed in `_init_dense`: tables and towers fold different numbers in.
+    # Drawn from again in `_init_dense`: tables and towers fold different numbers in.
     key = jax.random.key(trainer.config.training.seed)
-    return _state_around(trainer, trainer.model.init(key).tables, counts)
+    return _state_around(trainer, key, trainer.model.init(key).tables, counts)
 
 
 def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> TrainState:
@@ -53,19 +54,22 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
     """
     # Tables come first, each sharded from its first number on.
     abstract = abstract_state(trainer, mesh)
-    key = jax.random.key(trainer.config.training.seed)
-    tables = _init_tables(mesh, trainer, key, abstract)
+    # An argument of both programs: every seed shares them.
+    key_data = put(mesh, StepScalars.build(trainer.config.training).key, REPLICATED)
+    tables = _init_tables(mesh, trainer, key_data, abstract)
     # The tables pass through as they are: an output that is a donated input costs nothing.
     assemble = jax.jit(
-        functools.partial(_state_around, trainer),
+        lambda key_data, tables, counts: _state_around(
+            trainer, jax.random.wrap_key_data(key_data), tables, counts
+        ),
         out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
-        donate_argnums=0,
+        donate_argnums=1,
     )
-    return assemble(tables, put(mesh, dict(counts), REPLICATED))
+    return assemble(key_data, tables, put(mesh, dict(counts), REPLICATED))
 
 
 def _init_tables(
-    mesh: Mesh, trainer: Trainer, key: jax.Array, abstract: TrainState
+    mesh: Mesh, trainer: Trainer, key_data: jax.Array, abstract: TrainState
 ) -> dict[str, jax.Array]:
     """Returns fresh tables, whose rows each device of the mesh draws for itself."""
     pretrained = {name: trainer.model.pretrained_rows(name) for name in abstract.tables}
@@ -75,7 +79,8 @@ def _init_tables(
             shardings_of_drawn[name] = abstract.tables[name].sharding
     group = device_group(mesh)
 
-    def draw() -> dict[str, jax.Array]:
+    def draw(key_data: jax.Array) -> dict[str, jax.Array]:
+        key = jax.random.wrap_key_data(key_data)
         tables = {}
         for name in shardings_of_drawn:
             count = abstract.tables[name].shape[0] // mesh.size
@@ -85,8 +90,8 @@ def _init_tables(
 
     # A row's values depend on the key and its number alone: equal on any number of devices. One
     # program for all tables, which takes a third of the time of one for each to compile.
-    draw_all = shard_map_if_needed(mesh, draw, (), SHARDED)
-    drawn = jax.jit(draw_all, out_shardings=shardings_of_drawn)()
+    draw_all = shard_map_if_needed(mesh, draw, (REPLICATED,), SHARDED)
+    drawn = jax.jit(draw_all, out_shardings=shardings_of_drawn)(key_data)
     kept = {name: put(mesh, rows, SHARDED) for name, rows in pretrained.items() if rows is not None}
     tables = {**drawn, **kept}
     return {name: tables[name] for name in abstract.tables}
@@ -105,7 +110,8 @@ def abstract_state(trainer: Trainer, mesh: AnyMesh) -> TrainState:
         name: jax.ShapeDtypeStruct((padded_rows(shape.rows), shape.width), "float32")
         for name, shape in trainer.model.tables.items()
     }
-    state = jax.eval_shape(functools.partial(_state_around, trainer), tables, counts)
+    key = jax.random.key(0)  # of which only the type matters
+    state = jax.eval_shape(functools.partial(_state_around, trainer), key, tables, counts)
 
     def with_sharding(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
@@ -114,12 +120,12 @@ def abstract_state(trainer: Trainer, mesh: AnyMesh) -> TrainState:
 
 
 def _state_around(
-    trainer: Trainer, tables: dict[str, jax.Array], counts: Mapping[str, Any]
+    trainer: Trainer, key: jax.Array, tables: dict[str, jax.Array], counts: Mapping[str, Any]
 ) -> TrainState:
     """Returns the fresh state that has these tables."""
     training = trainer.config.training
     objective = trainer.config.objective
-    params, stats = _init_dense(trainer, jax.random.key(training.seed))
+    params, stats = _init_dense(trainer, key)
     accumulator = training.tables.initial_accumulator
     slots = {
         name: trainer.optimizers.tables.init(table, accumulator) for name, table in tables.items()

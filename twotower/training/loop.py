@@ -48,6 +48,7 @@ from twotower.training.init import abstract_state, init_on
 from twotower.training.metrics import StepMetrics, Writer, open_writer, recovery_hint
 from twotower.training.monitoring.monitor import NOT_ASKED, Monitor, Monitoring
 from twotower.training.monitoring.phases import Phases
+from twotower.training.optimizers import StepScalars
 from twotower.training.processes import Preemption
 from twotower.training.state import Trainer, TrainState, state_specs
 from twotower.training.step import EMBED_BLOCK, Metrics, train_step
@@ -479,6 +480,7 @@ def compile_steps(
     if batches.resident is not None:
         resident = put(mesh, batches.resident, REPLICATED)
     constants = step_constants(trainer.sampling, data, mesh, resident)
+    constants["scalars"] = put(mesh, StepScalars.build(config), REPLICATED)
     places = 0
     if resident is not None and _reads_spans(trainer, mesh):
         places = batches.span_places(config.batch_size // mesh.size)

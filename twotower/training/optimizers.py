@@ -4,7 +4,7 @@ follow."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,24 @@ from optax.contrib import ReduceLROnPlateauState, reduce_on_plateau
 from twotower.config import DenseOptimizerConfig, ScheduleConfig, TrainingConfig
 from twotower.core.errors import choose
 from twotower.core.kinds import Kinds
-from twotower.kernels.sparse_update import TableOptimizer
+from twotower.kernels.sparse_update import Scalar, TableOptimizer
 from twotower.kernels.table_optimizers import TABLE_OPTIMIZERS
 
-# By the names that `config.training.optimizer.kind` takes.
-DENSE: Kinds[Callable[[DenseOptimizerConfig], optax.GradientTransformation]] = Kinds(
+
+@runtime_checkable
+class DenseRates(Protocol):
+    """The numbers of a dense optimizer: those of the configuration, or arguments of the step."""
+
+    @property
+    def learning_rate(self) -> Scalar: ...
+
+    @property
+    def weight_decay(self) -> Scalar: ...
+
+
+# By the names that `config.training.optimizer.kind` takes. An optimizer of a user's module gets
+# the `DenseOptimizerConfig`.
+DENSE: Kinds[Callable[[Any], optax.GradientTransformation]] = Kinds(
     "optimizer",
     {
         "adam": lambda c: optax.adam(c.learning_rate),
@@ -40,21 +53,48 @@ SCHEDULES: Mapping[str, Callable[[int], optax.Schedule]] = {
 }
 
 
+class StepScalars(NamedTuple):
+    """The numbers of a configuration that a step takes as arguments: runs that differ in these
+    alone, such as the trials of a sweep, share one compiled program.
+
+    Attributes:
+        key: Data of the random key that `config.training.seed` stands for, uint32 [2].
+        table_rate: Learning rate of the tables, before the factor of the schedule.
+        learning_rate: Learning rate of the dense parameters, likewise.
+        weight_decay: Decay of the kernels of dense layers.
+    """
+
+    key: jax.Array
+    table_rate: jax.Array
+    learning_rate: jax.Array
+    weight_decay: jax.Array
+
+    @classmethod
+    def build(cls, config: TrainingConfig) -> StepScalars:
+        """Returns the numbers of a configuration."""
+        return cls(
+            jax.random.key_data(jax.random.key(config.seed)),
+            jnp.float32(config.tables.learning_rate),
+            jnp.float32(config.optimizer.learning_rate),
+            jnp.float32(config.optimizer.weight_decay),
+        )
+
+
 class Optimizers(NamedTuple):
     """Optimizers of a run.
 
     Attributes:
         dense: Optax optimizer of the dense parameters, without the schedule.
+        config: Configuration of that optimizer.
         tables: Sparse optimizer of the table rows.
-        table_rate: Learning rate of the tables, before the factor of the schedule.
         schedule: Step -> factor in [0, 1] on both learning rates, that of the plateau apart.
         plateau: Transformation that keeps the factor of the plateau schedule; None for another
             schedule.
     """
 
     dense: optax.GradientTransformation
+    config: DenseOptimizerConfig
     tables: TableOptimizer
-    table_rate: float
     schedule: optax.Schedule
     plateau: optax.GradientTransformationExtraArgs | None
 
@@ -67,8 +107,8 @@ class Optimizers(NamedTuple):
         """
         return cls(
             dense_optimizer(config.optimizer),
+            config.optimizer,
             choose(TABLE_OPTIMIZERS, config.tables.kind, "config.training.tables.kind"),
-            config.tables.learning_rate,
             schedule(config),
             plateau_schedule(config.schedule),
         )
@@ -79,6 +119,16 @@ class Optimizers(NamedTuple):
         if self.plateau is not None:
             state["plateau"] = self.plateau.init(jnp.float32(0))
         return state
+
+    def dense_with(self, rates: DenseRates) -> optax.GradientTransformation:
+        """Returns the dense optimizer with numbers that may be traced in the place of constants.
+
+        Its state is that of `dense`. One of a user's module, which may decide by its numbers, keeps
+        those of the configuration.
+        """
+        if self.config.kind in DENSE.origins:
+            return self.dense
+        return dense_optimizer(self.config, rates)
 
     def rate_factor(self, step: jax.Array, opt_state: Mapping[str, Any]) -> Any:
         """Returns the factor on both learning rates at a step."""
@@ -104,9 +154,17 @@ class Optimizers(NamedTuple):
         return opt_state | {"plateau": after}
 
 
-def dense_optimizer(config: DenseOptimizerConfig) -> optax.GradientTransformation:
-    """Returns the optimizer of a configuration, behind clipping and without the schedule."""
-    optimizer = DENSE.choose(config.kind, "config.training.optimizer.kind")(config)
+def dense_optimizer(
+    config: DenseOptimizerConfig, rates: DenseRates | None = None
+) -> optax.GradientTransformation:
+    """Returns the optimizer of a configuration, behind clipping and without the schedule.
+
+    Args:
+        config: Kind of the optimizer and its numbers.
+        rates: Learning rate and weight decay in the place of those of the configuration.
+    """
+    make = DENSE.choose(config.kind, "config.training.optimizer.kind")
+    optimizer = make(rates or config)
     if not config.clip_norm:
         return optimizer
     # Clipped before the moments are taken. Gradients of tables have no part in the norm.

@@ -23,7 +23,7 @@ from twotower.pipeline.batches import Batch
 from twotower.towers.embeddings import lookup_rows
 from twotower.towers.two_tower import TEMPERATURES, TwoTower, Weights
 from twotower.training.candidates import SampledItems, row_keys, sample_items, take_features
-from twotower.training.optimizers import Optimizers
+from twotower.training.optimizers import Optimizers, StepScalars
 from twotower.training.state import Trainer, TrainState
 from twotower.training.step_losses import (
     loss_sums,
@@ -60,7 +60,8 @@ def train_step(
         state: State before the step, with this device's rows of tables and slots.
         batch: This device's part of the batch.
         constants: Arrays of the corpus, whole on every device; see
-            `twotower.training.candidates.step_constants`.
+            `twotower.training.candidates.step_constants`. Beside them "scalars", the numbers of the
+            configuration as arguments; without these they are constants of the program.
         trainer: Model, loss, sampling and optimizers.
         group: Devices that run the step together.
 
@@ -71,9 +72,10 @@ def train_step(
     model = trainer.model
     objective = trainer.config.objective
     optimizers = trainer.optimizers
+    scalars = constants.get("scalars") or StepScalars.build(trainer.config.training)
     batch = flatten_sequences(batch)
     # A function of seed and step alone: a resumed step draws as it would have drawn.
-    key = jax.random.fold_in(jax.random.key(trainer.config.training.seed), state.step)
+    key = jax.random.fold_in(jax.random.wrap_key_data(scalars.key), state.step)
     oov_key, dropout_key, sampling_key = (jax.random.fold_in(key, i) for i in range(3))
 
     # Candidates beside the batch's own, and the features of all embedded rows.
@@ -123,10 +125,12 @@ def train_step(
     # Both updates follow one schedule; those of tables need the gradients of all devices' rows.
     factor = optimizers.rate_factor(state.step, state.opt_state)
     table_grads = gather_gradients(model, row_grads, group)
-    tables, slots, row_norm = update_tables(optimizers, state, ids, table_grads, factor, group)
+    tables, slots, row_norm = update_tables(
+        optimizers, state, ids, table_grads, factor * scalars.table_rate, group
+    )
     # One call for all, which XLA may make a single collective.
     grads, loss, means, row_norm = group.sum((grads, loss, means, row_norm))
-    params, dense = update_dense(optimizers, state, grads, factor)
+    params, dense = update_dense(optimizers.dense_with(scalars), state, grads, factor)
     params["log_temperature"] = bounded_temperature(model, state.params, params)
 
     metrics = {
@@ -377,7 +381,7 @@ def update_tables(
     state: TrainState,
     ids: Mapping[str, jax.Array],
     grads: Mapping[str, jax.Array],
-    factor: Any,
+    rate: Any,
     group: DeviceGroup,
 ) -> tuple[dict[str, jax.Array], dict[str, Any], jax.Array]:
     """Returns this device's rows of the tables and of their slots after the step, and the square
@@ -388,10 +392,9 @@ def update_tables(
         state: State before the step.
         ids: Ids of each table that all devices looked up; see `gather_ids`.
         grads: Gradient of each of these ids; see `gather_gradients`.
-        factor: Factor of the schedule on the learning rate.
+        rate: Learning rate, the factor of the schedule included.
         group: Devices that share the rows of the tables.
     """
-    rate = factor * optimizers.table_rate
     tables = dict(state.tables)
     slots = dict(state.table_slots)
     # Summed over the table rows of this device; `train_step` adds up the devices.
@@ -415,17 +418,17 @@ def update_tables(
 
 
 def update_dense(
-    optimizers: Optimizers, state: TrainState, grads: Any, factor: Any
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Any, factor: Any
 ) -> tuple[dict[str, Any], Any]:
     """Returns the dense parameters and the state of their optimizer after the step.
 
     Args:
-        optimizers: Optimizers of the run.
+        optimizer: Optimizer without the schedule.
         state: State before the step.
         grads: Gradient of the parameters, summed over devices.
         factor: Factor of the schedule on the learning rate.
     """
-    updates, dense = optimizers.dense.update(grads, state.opt_state["dense"], state.params)
+    updates, dense = optimizer.update(grads, state.opt_state["dense"], state.params)
     # The optimizer has no schedule of its own: tables follow the same factor.
     updates = jax.tree.map(lambda update: factor * update, updates)
     params: Any = optax.apply_updates(state.params, updates)
