@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from tests.retrieval.runs import storing, write
-from twotower.core.errors import BundleError, ConfigError
+from twotower.core.errors import BundleError, ChangesError, ConfigError
 from twotower.core.files import current_version
 from twotower.index.shards.divided import DividedIndex
 from twotower.retrieval import golden
@@ -16,6 +16,7 @@ from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.match import MatchModel
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.shards.assign import rows_of_shards, shards_of
+from twotower.retrieval.shards.shard import Shard
 
 SHARDS = 3
 
@@ -121,3 +122,93 @@ def test_shards_that_do_not_belong_together_are_refused(in_shards, tmp_path):
     shutil.rmtree(first)
     with pytest.raises(BundleError, match="shards/0/.* is missing"):
         load_bundle(folder)
+
+
+class InProcess:
+    """Shards of this process, of which some do not answer."""
+
+    def __init__(self, folder):
+        self.shards = [Shard.load(folder, number) for number in range(SHARDS)]
+        self.silent = set()
+
+    def search(self, queries):
+        found = [shard.search(query) for shard, query in zip(self.shards, queries, strict=True)]
+        return [None if n in self.silent else each for n, each in enumerate(found)]
+
+    def vectors(self, rows):
+        return [shard.vectors(own) for shard, own in zip(self.shards, rows, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def apart(in_shards):
+    """The bundle without its vectors, and its shards in objects of their own."""
+    shards = InProcess(in_shards)
+    return Retriever(load_bundle(in_shards, shards=shards)), shards
+
+
+def test_shards_apart_answer_as_the_whole_bundle_to_the_bit(apart, retriever):
+    router, _ = apart
+    bundle = retriever.bundle
+    item = bundle.items["item_id"][3].as_py()
+    category = bundle.items["category"][0].as_py()
+    for options in ({}, {"deny": [item], "rerank": "mmr:diversity=0.5"}):
+        assert lists(router, **options).equals(lists(retriever, **options))
+    # NumPy compares the items that satisfy conditions, whose sums depend on their number.
+    for options in (
+        {"exclude_seen": False, "where": {"category": category}},
+        {"allow": bundle.items["item_id"][:5].to_pylist()},
+        {"where": [("price", "latest", 9)]},
+    ):
+        found, expected = lists(router, **options), lists(retriever, **options)
+        assert found.drop(["score"]).equals(expected.drop(["score"])) and len(found)
+        np.testing.assert_allclose(found["score"], expected["score"], atol=1e-6)
+    assert router.similar_items(item) == retriever.similar_items(item)
+    assert router.popular_items() == retriever.popular_items()
+    assert golden.make(router.bundle) == golden.make(bundle)
+    rows = np.array([9, 2, 2, 30])
+    np.testing.assert_array_equal(router.bundle.vectors[rows], bundle.vectors[rows])
+    np.testing.assert_array_equal(router.bundle.vectors[1:4], bundle.vectors[1:4])
+
+
+def test_without_a_shard_the_lists_are_those_of_the_others(apart, retriever, in_shards):
+    router, shards = apart
+    shards.silent = {1}
+    missing = load_bundle(in_shards).index.rows[1]
+    gone = retriever.bundle.items["item_id"].take(pa.array(missing)).to_pylist()
+    assert lists(router).equals(lists(retriever, deny=gone))
+    shards.silent = set()
+
+
+def test_what_shards_apart_do_not_answer_is_said(apart, in_shards, exported, tmp_path):
+    router, _ = apart
+    with pytest.raises(ConfigError, match="popularity_weight=1.0 is not answered by shards"):
+        lists(router, popularity_weight=1.0)
+    with pytest.raises(ChangesError, match="change the bundle in one process, compact it"):
+        router.upsert([{"item_id": "a"}], vectors=router.bundle.user_vectors[:1])
+    with pytest.raises(ConfigError, match="--shard=3: .* has 3 shards, from 0 on"):
+        Shard.load(in_shards, SHARDS)
+    with pytest.raises(ConfigError, match="--shard=0: .* has no shards. `twotower export --shards"):
+        Shard.load(exported, 0)
+    changed = shutil.copytree(in_shards, tmp_path / "changed")
+    Retriever.load(changed).delete([router.bundle.items["item_id"][0].as_py()])
+    for load in (
+        lambda: Shard.load(changed, 0),
+        lambda: load_bundle(changed, shards=InProcess(in_shards)),
+    ):
+        with pytest.raises(ConfigError, match=r"holds 1 changes, .*changed'\).compact"):
+            load()
+
+
+def test_a_shard_reads_its_own_files_and_a_router_no_vectors(in_shards, tmp_path):
+    folder = shutil.copytree(current_version(in_shards), tmp_path / "bundle")
+    for path in sorted(folder.rglob("*")):
+        own = path.is_relative_to(folder / "shards" / "1")
+        if path.is_file() and not own and path.name not in ("manifest.json", "config.json"):
+            path.unlink()
+    assert Shard.load(folder, 1).number == 1
+    folder = shutil.copytree(current_version(in_shards), tmp_path / "router")
+    for path in (folder / "shards").rglob("*"):
+        if path.is_file() and (path.parent.name == "index" or path.name == "item_vectors.npy"):
+            path.unlink()
+    shards = InProcess(in_shards)
+    assert len(Retriever(load_bundle(folder, shards=shards)).recommend("new", k=3)) == 3

@@ -61,7 +61,7 @@ from absl import logging
 import twotower
 from twotower.config import Config, from_dict
 from twotower.core.arrays import Ragged
-from twotower.core.errors import BundleError, FolderError, TwotowerError
+from twotower.core.errors import BundleError, ConfigError, FolderError, TwotowerError
 from twotower.core.files import (
     POINTER,
     check_files,
@@ -79,6 +79,8 @@ from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
 from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Int8Vectors, Vectors, append_coordinate, popularity_coordinate
+from twotower.retrieval.live.log import check_unchanged
+from twotower.retrieval.shards.remote import RemoteIndex, RemoteVectors, Shards
 from twotower.retrieval.tower_programs import (
     TowerPrograms,
     WeightArrays,
@@ -127,7 +129,8 @@ class Bundle:
         config: Configuration of the run.
         encoder: Encoder of raw features.
         towers: Both towers and their weights.
-        vectors: Item vectors, float32 [N, D], or int8 that is read as such.
+        vectors: Item vectors, float32 [N, D], or int8 that is read as such; those of shards
+            elsewhere are asked for by rows.
         items: item_id and display columns, N rows.
         counts: Training rows of each item, int64 [N].
         user_vectors: Vectors of the known users, float32 [U, D].
@@ -308,7 +311,9 @@ def shard_name(number: int) -> str:
     return f"shards/{number}"
 
 
-def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundle:
+def load_bundle(
+    folder: str | os.PathLike, *, load_towers: bool = True, shards: Shards | None = None
+) -> Bundle:
     """Reads a bundle, after checking that every file is the one that was written.
 
     Where files of the index are missing, the search is exact, and a warning says so.
@@ -318,20 +323,27 @@ def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundl
         load_towers: Whether to read the programs of the towers now, so that a damaged one is told
             here. Otherwise they are read with the first user or item that is to be embedded, and
             JAX is loaded then.
+        shards: Processes that hold the shards of a divided bundle, for a router: it reads neither
+            item vectors nor indices then.
 
     Raises:
         BundleError: The folder is no bundle, a file is changed, one that is not of the index is
             missing, or parts do not belong together.
+        ConfigError: Shards are named, and the bundle is not divided, or has been changed since its
+            export.
     """
     # Absolute: changes are written beside it later, from wherever the process is then.
     home = Path(folder).absolute()
-    with _bundle_errors(home):
+    with bundle_errors(home):
         files = current_version(home)
-        manifest = _read_manifest(files)
+        manifest = read_manifest(files)
         # Before hashes are compared: files of the index are the only ones that may be missing.
-        lost = _lost_index_files(files, manifest)
-        digests = manifest["files"].items()
-        check_files(files, {name: digest for name, digest in digests if name not in lost})
+        lost = lost_index_files(files, manifest)
+        digests = dict(manifest["files"])
+        if shards is not None:
+            _check_router(home, files, manifest)
+            lost = [name for name in digests if _is_of_shards_alone(name)]
+        check_files(files, {name: digests[name] for name in digests if name not in lost})
         weights = load_weights(files)
         # Whole files are not enough: vectors of one model beside towers of another rank at random.
         if model_version(weights) != manifest["model_version"]:
@@ -343,7 +355,10 @@ def load_bundle(folder: str | os.PathLike, *, load_towers: bool = True) -> Bundl
         # it.
         kinds = read_record(files)
         note_origins(kinds)
-        corpus = _read_corpus(files, manifest, config, lost)
+        if shards is None:
+            corpus = _read_corpus(files, manifest, config, lost)
+        else:
+            corpus = _read_remote_corpus(files, manifest, shards)
         user_vectors = _map_array(files, "user_vectors")
         _check_vectors(files / "user_vectors.npy", user_vectors)
         bundle = Bundle(
@@ -391,7 +406,7 @@ def _read_corpus(
     """
     if not manifest.get("shards"):
         vectors, items, counts = read_items(files, config)
-        indexed = _indexed_vectors(config, vectors, counts)
+        indexed = indexed_vectors(config, vectors, counts)
         return Corpus(vectors, items, counts, load_part(files, "", manifest, lost, indexed))
     rows = []
     parts = []
@@ -405,12 +420,53 @@ def _read_corpus(
     items = pa.concat_tables([part[1] for part in parts]).take(pa.array(order))
     counts = np.concatenate([part[2] for part in parts])[order]
     # The coordinate of popularity is that of the whole.
-    indexed = _indexed_vectors(config, vectors, counts)
+    indexed = indexed_vectors(config, vectors, counts)
     indices = []
     for number, own in enumerate(rows):
         name = shard_name(number)
         indices.append(load_part(files, name, manifest, lost, indexed[own]))
     return Corpus(vectors, items, counts, DividedIndex(indices, rows))
+
+
+def _read_remote_corpus(files: Path, manifest: Mapping[str, Any], shards: Shards) -> Corpus:
+    """Returns the items of a divided bundle whose vectors and indices other processes hold.
+
+    Args:
+        files: Folder of the files.
+        manifest: Content of manifest.json.
+        shards: Shards in other processes.
+    """
+    folders = [files / shard_name(number) for number in range(manifest["shards"])]
+    rows = [_map_array(folder, "item_rows") for folder in folders]
+    counts = [_map_array(folder, "item_counts") for folder in folders]
+    for folder, part in zip(folders, counts):
+        _check_counts(folder / "item_counts.npy", part)
+    _check_shard_rows(files, rows, list(map(len, counts)))
+    tables = []
+    for folder, own in zip(folders, rows):
+        tables.append(_read_rows(folder / "items.parquet", len(own)))
+    order = np.argsort(np.concatenate(rows), kind="stable")
+    dim = manifest["dim"]
+    index = RemoteIndex(shards, rows, dim, normalized=manifest["normalized"])
+    # Read by rows as the others are; as a type of vectors it would be one of every index.
+    vectors: Any = RemoteVectors(shards, rows, dim)
+    items = pa.concat_tables(tables).take(pa.array(order))
+    return Corpus(vectors, items, np.concatenate(counts)[order], index)
+
+
+def _check_router(home: Path, files: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses a bundle that no router can answer from."""
+    if not manifest.get("shards"):
+        raise ConfigError(
+            f"--shard_urls: {home} has no shards. `twotower export --shards=S` divides a bundle."
+        )
+    check_unchanged(files, manifest)
+
+
+def _is_of_shards_alone(name: str) -> bool:
+    """Whether a file of the manifest is read by shards, and not by a router."""
+    path = PurePosixPath(name)
+    return path.parent.name == INDEX or path.name in ("item_vectors.npy", "item_scales.npy")
 
 
 def read_items(folder: Path, config: Config) -> tuple[Vectors, pa.Table, np.ndarray]:
@@ -518,7 +574,7 @@ def _package_versions() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _bundle_errors(folder: Path) -> Iterator[None]:
+def bundle_errors(folder: Path) -> Iterator[None]:
     """Turns all errors that damaged files end in into those of a bundle, with the cure."""
     try:
         yield
@@ -537,7 +593,7 @@ def _bundle_errors(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     if not path.exists():
         # Versions without a pointer: killed at the very first export, or half copied.
@@ -564,7 +620,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _lost_index_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
+def lost_index_files(folder: Path, manifest: Mapping[str, Any]) -> list[str]:
     """Returns the files of the index that are missing from a bundle."""
     names = [name for name in manifest["files"] if PurePosixPath(name).parent.name == INDEX]
     return [name for name in names if not (folder / name).exists()]
@@ -768,7 +824,7 @@ def _stored_vectors(folder: Path, kind: str) -> Vectors:
         ) from error
 
 
-def _indexed_vectors(config: Config, vectors: Vectors, counts: np.ndarray) -> Vectors:
+def indexed_vectors(config: Config, vectors: Vectors, counts: np.ndarray) -> Vectors:
     """Returns the vectors that the index was built from."""
     # The coordinate of popularity is computed anew from the counts, not stored.
     if not config.retrieval.popularity:

@@ -137,11 +137,20 @@ def rows_within(lists: Ragged, shard_rows: np.ndarray) -> Ragged:
         lists: Rows of the whole, one list a query.
         shard_rows: Rows of the shard's items in the whole, int64 [N_s], rising.
     """
-    if not len(shard_rows) or not len(lists.values):
-        return Ragged.empty(len(lists))
-    position = np.searchsorted(shard_rows, lists.values)
+    is_inside, rows = find_rows(lists.values, shard_rows)
+    return Ragged.from_pairs(lists.rows[is_inside], rows, num_rows=len(lists))
+
+
+def find_rows(rows: np.ndarray, shard_rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which rows of the whole are in a shard, bool [M], and these as its rows, int64.
+
+    Args:
+        rows: Rows of the whole, int [M].
+        shard_rows: Rows of the shard's items in the whole, int64 [N_s], rising.
+    """
+    if not len(shard_rows):
+        return np.zeros(len(rows), bool), np.zeros(0, np.int64)
+    position = np.searchsorted(shard_rows, rows)
     position = np.minimum(position, len(shard_rows) - 1)
-    is_inside = shard_rows[position] == lists.values
-    return Ragged.from_pairs(
-        lists.rows[is_inside], position[is_inside].astype(np.int32), num_rows=len(lists)
-    )
+    is_inside = shard_rows[position] == rows
+    return is_inside, position[is_inside]

@@ -44,6 +44,7 @@ from twotower.retrieval.live.log import (
 )
 from twotower.retrieval.live.snapshot import Snapshot
 from twotower.retrieval.shards.assign import rows_of_shards
+from twotower.retrieval.shards.remote import RemoteIndex
 
 
 class Compaction(NamedTuple):
@@ -218,6 +219,11 @@ class LiveBundle:
 
     def _require_log(self) -> tuple[ChangeLog, Path]:
         """Returns the log and the folder of the bundle, where it has them."""
+        if isinstance(self.bundle.index, RemoteIndex):
+            raise ChangesError(
+                "The items of shards in processes of their own cannot be changed: change the "
+                "bundle in one process, compact it, and start the shards and routers again."
+            )
         if self._log is None or self.bundle.folder is None:
             raise ChangesError(
                 "The items of a bundle in memory cannot be changed: changes are kept beside a "
@@ -260,7 +266,9 @@ class LiveBundle:
         """Returns the log, after making the changes in it once more; None of a bundle in memory."""
         folder = self.bundle.folder
         version = self.bundle.version
-        if folder is None or version is None:
+        # Items in other processes are those of the export, and stay so.
+        is_remote = isinstance(self.bundle.index, RemoteIndex)
+        if folder is None or version is None or is_remote:
             return None
         sha256 = self.bundle.manifest["sha256"]
         log = ChangeLog(changes_path(version, sha256), sha256)

@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.errors import ChangesError
+from twotower.core.errors import ChangesError, ConfigError
 
 VERSION = 1
 APPLICATION_ID = 0x32545752  # "2TWR", so that `file` and we tell the log from other databases
@@ -113,6 +113,29 @@ def changes_path(folder: Path, sha256: str) -> Path:
     """Returns the path of the log of the bundle in `folder` whose manifest has this hash."""
     # The hash, so that changes are never made to another bundle that takes the folder's name.
     return folder.parent / f"{folder.name}.{sha256[:16]}.changes"
+
+
+def check_unchanged(files: Path, manifest: Mapping[str, Any]) -> None:
+    """Refuses a bundle that has been changed since it was written.
+
+    It is for those who hold a part of it, and would show some changes and not others.
+
+    Args:
+        files: Folder of the bundle's files.
+        manifest: Content of manifest.json.
+
+    Raises:
+        ConfigError: There are changes.
+    """
+    sha256 = manifest["sha256"]
+    log = ChangeLog(changes_path(files, sha256), sha256)
+    changes = len(log.read())
+    log.close()
+    if changes:
+        raise ConfigError(
+            f"{log.path} holds {changes} changes, which neither a shard nor a router reads. Write "
+            f"them into the bundle first: tt.Retriever.load({str(files.parent)!r}).compact()"
+        )
 
 
 class ChangeLog:

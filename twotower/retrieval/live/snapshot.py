@@ -32,6 +32,7 @@ from twotower.retrieval.live.conditions import (
     matching_items,
 )
 from twotower.retrieval.live.segments import EPSILON, BaseSegment, MemTable
+from twotower.retrieval.shards.remote import RemoteIndex
 
 # Answers to conditions that are kept, at N bytes each; then all are dropped, as no server has so
 # many usual ones.
@@ -92,10 +93,21 @@ class Snapshot:
         """
         k = list_length(k, len(self.base) + self.num_slots)
         where = self._resolve_latest(where)
+        index = self.base.index
+        # Shards in other processes know their items' columns, and drop what may not come back.
+        if isinstance(index, RemoteIndex):
+            return index.search_items(
+                queries,
+                k,
+                exclude=exclude,
+                where=where,
+                only=only,
+                popularity_weight=popularity_weight,
+                cosine=cosine,
+            )
         if exclude is None:
             exclude = Ragged.empty(len(queries))
         base = self.base
-        index = base.index
         vectors = base.vectors
         if cosine:
             # The same index where vectors have length 1.
