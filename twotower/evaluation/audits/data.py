@@ -53,19 +53,21 @@ def audit_leakage(parts: Split, config: Config) -> Audit:
     # rows alone are taken.
     held_out_text = describes_items(config.data) and not takes_items_of_log(config.data)
     findings = accepted_findings(parts, config.split, describes_items=held_out_text)
-    figures = {"rows": {finding.name: finding.rows for finding in findings}}
+    figures: dict[str, Any] = {"rows": {finding.name: finding.rows for finding in findings}}
     if not findings:
         return Audit("leakage", False, "Training rows reveal no held-out row.", figures)
-    reasons = []
+    facts = []
+    details = {}
     for finding in findings:
+        # The example row is for whoever looks closer.
+        facts.append(f"{finding.message.partition(', for example ')[0]} ({finding.name})")
         # The first sentence says why it leaks; those after it say what to do.
         why = FINDINGS[finding.name].reason.split(". ")[0].rstrip(".")
-        reasons.append(f"{finding.message} ({finding.name}: {why})")
-    names = ", ".join(repr(finding.name) for finding in findings)
+        details[finding.name] = f"{finding.message}. {why}."
+    figures["details"] = details
     sentence = (
-        f"The split leaks, as config.split.accept_leakage knowingly accepts ({names}): "
-        f"{'; '.join(reasons)}. These figures compare with those of the same split alone, and a "
-        "served model will not reach them."
+        f"The split leaks, as config.split.accept_leakage accepts: {'; '.join(facts)}. Compare the figures with those of the "
+        "same split alone: no served model reaches them."
     )
     return Audit("leakage", True, sentence, figures)
 

@@ -181,13 +181,15 @@ def audit_norms(items: np.ndarray, counts: np.ndarray, *, normalized: bool) -> A
         f"Lengths of item vectors and numbers of training rows have Spearman's rank correlation "
         f"{correlation:.2f}"
     )
-    # Either sign: lengths that fall with popularity say as little else.
+    # Either sign: a length that popularity decides ranks by it, one way or the other.
     if abs(correlation) < GREATEST_CORRELATION:
         return Audit("norm_popularity", False, f"{sentence}.", figures)
-    sentence += (
-        ": a vector's length says how popular the item is and hardly more. Compare with "
-        "config.model.normalize=True where lists hold the same few items."
-    )
+    tells = ": the more popular an item, the longer its vector"
+    risk = "lists may hold the same few popular items"
+    if correlation < 0:
+        tells = ": the more popular an item, the shorter its vector"
+        risk = "lists may hold items that hardly anybody had"
+    sentence += f"{tells}, and {risk}. Compare with config.model.normalize=True."
     return Audit("norm_popularity", True, sentence, figures)
 
 

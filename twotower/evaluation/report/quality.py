@@ -296,6 +296,14 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
         # nothing.
         if not audit.get("speaks") and audit.get("sentence"):
             sentences.append(audit["sentence"])
+    details = measured.get("audits", {}).get("leakage", {}).get("details", {})
+    leaks: list[str] = []
+    if details:
+        rows_of_leaks = [[name, text] for name, text in details.items()]
+        caption = "Leakage that config.split.accept_leakage accepts"
+        leaks = [
+            folded("How the split leaks", table(Table(["kind", "what"], rows_of_leaks, caption)))
+        ]
     # Only the flags that changed something, as somebody would write them.
     flags = [f"--workdir={workdir}", f"--k={','.join(map(str, list_lengths(measured)))}"]
     if protocol["split"] != "test":
@@ -315,7 +323,7 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
         "protocol",
         "How it was measured",
         "What a reader needs to repeat the figures, or to compare them with others.",
-        [bullets(sentences), folded("Command and configuration", inside)],
+        [bullets(sentences), *leaks, folded("Command and configuration", inside)],
     )
 
 
