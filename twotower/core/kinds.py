@@ -154,10 +154,6 @@ class Kinds(UserDict[str, T]):
                 "in config.plugins of the next training, so that every command imports it."
             )
 
-    def has_options(self, name: str) -> bool:
-        """Returns whether a kind has options of its own."""
-        return name in self._options
-
     def build_options(self, name: str, values: Any, location: str) -> Any:
         """Returns the options of a kind, an instance of the dataclass that it was registered with.
 

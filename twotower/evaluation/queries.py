@@ -91,10 +91,6 @@ class Queries:
         # Items outside of the corpus are as new, but would only lower every ranking alike.
         return dataclasses.replace(self, relevant=relevant, missing=np.zeros_like(self.missing))
 
-    def keep_new_users(self, trained: np.ndarray) -> Queries:
-        """Returns the queries of users that are not among `trained`, the users of training rows."""
-        return self.take(np.flatnonzero(~np.isin(self.user, trained)))
-
     def sample(self, count: int) -> Queries:
         """Returns at most `count` of the queries, evenly spaced, or all where `count` is 0.
 
@@ -256,9 +252,9 @@ def _seen_before(earlier: Sequence[Rows], rows: Rows, chosen: np.ndarray) -> Rag
         is_later[:] = True
     # Where each moment begins, among the rows of all users in this order.
     begin = np.maximum.accumulate(np.where(is_later, np.arange(len(order)), 0))
-    place = np.empty(len(order), np.int64)
-    place[order] = np.arange(len(order))
-    own = place[sum(map(len, earlier)) + chosen]
+    position = np.empty(len(order), np.int64)
+    position[order] = np.arange(len(order))
+    own = position[sum(map(len, earlier)) + chosen]
     item = np.concatenate([part.item for part in parts])[order]
     first = np.searchsorted(user, rows.user[chosen])
     # Each list is a part of the rows of its user: one `take` of them all.

@@ -205,12 +205,12 @@ def _with_new_features(prepared: PreparedData, users: pa.Table) -> Features:
 
 def _with_test(raw: Split, rows: pa.Table) -> Split:
     """Returns the parts of a log with other test rows, which follow all others."""
-    places = raw.file_positions
+    file_positions = raw.file_positions
     # After all others in the file too, which is the order of rows of one time.
-    if places is not None:
-        last = max(int(part.max(initial=-1)) for part in places[:2])
-        places = (*places[:2], last + 1 + np.arange(len(rows)))
-    return Split(raw.train, raw.validation, rows, file_positions=places)
+    if file_positions is not None:
+        last = max(int(part.max(initial=-1)) for part in file_positions[:2])
+        file_positions = (*file_positions[:2], last + 1 + np.arange(len(rows)))
+    return Split(raw.train, raw.validation, rows, file_positions=file_positions)
 
 
 def _say_known(test: Rows, prepared: PreparedData, said: list[str]) -> None:

@@ -25,7 +25,6 @@ OF_ITEMS = 16  # requests of similar items; the others are made rows
 HISTORY = 3  # items in the history of a made row
 K = 10
 TOLERANCE = 1e-3  # of a score, relative to the largest where that is above 1
-MAX_TOLD = 5  # differences that a message lists
 
 
 class Request(TypedDict, total=False):

@@ -95,8 +95,7 @@ def _read_lines(content: Content) -> pa.Table:
         return arrow_json.read_json(source, parse_options=options)
 
     table = read(None)
-    # Text that looks like a time stays the text of the file.
-    # The contract reads times by their form, which Arrow's guess would take away.
+    # Text that looks like a time stays text: the contract reads it by its form, and Arrow guesses.
     times = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
     if times:
         table = read(pa.schema([(name, pa.string()) for name in times]))

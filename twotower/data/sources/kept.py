@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -89,12 +88,3 @@ def _with_typed_times(table: pa.Table) -> pa.Table:
     # Parquet has no type of seconds.
     times = table["timestamp"].cast(pa.timestamp("s")).cast(pa.timestamp("ms"))
     return table.set_column(table.column_names.index("timestamp"), "timestamp", times)
-
-
-def kept_options(names: list[str]) -> dict[str, Any]:
-    """Returns the options of `config.data` that read the kept tables of these names."""
-    options: dict[str, Any] = {"source": "parquet", "path": ""}
-    for name in names:
-        # The columns have our names already, and times are seconds.
-        options[name] = {"path": f"{PREFIX}{name}.parquet"}
-    return options

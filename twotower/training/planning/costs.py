@@ -137,7 +137,7 @@ def read_cost(traced: ClosedJaxpr, target: Target, *, donated: int = 0) -> Cost:
         inputs = len(jaxpr.invars)
         jaxpr = jaxpr.eqns[0].params["jaxpr"]
         first = len(jaxpr.constvars) + len(jaxpr.invars) - inputs
-    carried = {place: first + place for place in range(donated)}
+    carried = {index: first + index for index in range(donated)}
     return _cost(_write_out(jaxpr, target, carried), target)
 
 
@@ -147,7 +147,7 @@ def _write_out(jaxpr: Jaxpr, target: Target, carried: dict[int, int]) -> _Progra
     Args:
         jaxpr: The program.
         target: Devices that it is meant for.
-        carried: Place of a result -> place of the argument that it is written over.
+        carried: Index of a result -> index of the argument that it is written over.
     """
     avals: list[Any] = []
     operations: list[_Operation] = []
@@ -184,7 +184,7 @@ def _write_out(jaxpr: Jaxpr, target: Target, carried: dict[int, int]) -> _Progra
 
     inputs = [new(var.aval) for var in [*jaxpr.constvars, *jaxpr.invars]]
     outputs = write(jaxpr, inputs)
-    written_over = {outputs[place]: inputs[other] for place, other in carried.items()}
+    written_over = {outputs[index]: inputs[other] for index, other in carried.items()}
     return _Program(tuple(inputs), tuple(outputs), avals, operations, written_over)
 
 
@@ -244,28 +244,29 @@ def _cost(program: _Program, target: Target) -> Cost:
         sent += _sent(operation, sizes, target.devices) + inner.sent
         dying = ends.setdefault(number, [])
         for output in operation.writes:
-            place = storage[output]
+            memory = storage[output]
             # A view and a result that is written over another take no memory of their own.
-            if output not in stored or place in allocated:
+            if output not in stored or memory in allocated:
                 continue
-            allocated.add(place)
+            allocated.add(memory)
             reused = None
             # An accelerator writes an elementwise result over an operand that nothing else needs;
             # on a CPU none was seen to.
             if _is_fused(operation.kind) and not target.platform:
-                equal = (other for other in dying if sizes[other] == sizes[place])
+                equal = (other for other in dying if sizes[other] == sizes[memory])
                 reused = next(equal, None)
             # Of a reused operand the memory stays taken, under another name.
             if reused is None:
-                live += sizes[place]
+                live += sizes[memory]
             else:
                 dying.remove(reused)
-            ends.setdefault(max(last_use.get(place, number), number), []).append(place)
+            last = max(last_use.get(memory, number), number)
+            ends.setdefault(last, []).append(memory)
         # Before what dies here is freed: an operation holds its operands and its results at once.
         if live + inner.peak > peak:
             peak = live + inner.peak
             blocks = inner.peak
-        live -= sum(sizes[place] for place in ends.pop(number, ()))
+        live -= sum(sizes[memory] for memory in ends.pop(number, ()))
     return Cost(flops, moved, sent, peak, blocks)
 
 
@@ -327,7 +328,7 @@ def _storage(program: _Program) -> dict[int, int]:
             pairs = list(zip(operation.writes, reads))
         elif operation.kind in _LOOPS:
             _, carried = _carried(operation)
-            pairs = [(operation.writes[place], reads[other]) for place, other in carried.items()]
+            pairs = [(operation.writes[index], reads[other]) for index, other in carried.items()]
         else:
             continue
         for output, read in pairs:
@@ -337,7 +338,7 @@ def _storage(program: _Program) -> dict[int, int]:
 
 def _carried(operation: _Operation) -> tuple[int, dict[int, int]]:
     """Returns the number of operands of a loop before those of its body, and, of what it carries,
-    place of the result -> place of the operand."""
+    index of the result -> index of the operand."""
     params = operation.params
     if operation.kind == "scan":
         if "num_consts" in params:
@@ -346,10 +347,10 @@ def _carried(operation: _Operation) -> tuple[int, dict[int, int]]:
         else:
             # Newer versions of JAX keep the trees of what a scan reads in the place of counts.
             constants, carry, _ = (len(tree.vals) for tree in params["ft_in"].unpack())
-        return 0, {place: constants + place for place in range(carry)}
+        return 0, {index: constants + index for index in range(carry)}
     before = params["cond_nconsts"]
     constants = before + params["body_nconsts"]
-    return before, {place: constants + place for place in range(len(operation.writes))}
+    return before, {index: constants + index for index in range(len(operation.writes))}
 
 
 def _last_uses(
@@ -384,7 +385,7 @@ def _inner(operation: _Operation, target: Target) -> Cost:
     name = "jaxpr" if operation.kind == "scan" else "body_jaxpr"
     body = operation.params[name].jaxpr
     before, carried = _carried(operation)
-    carried = {place: other - before for place, other in carried.items()}
+    carried = {index: other - before for index, other in carried.items()}
     cost = _cost(_write_out(body, target, carried), target)
     # Of a loop whose length depends on numbers, one round is counted.
     rounds = operation.params.get("length", 1)
