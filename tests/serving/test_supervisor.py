@@ -61,7 +61,7 @@ def test_a_change_that_comes_to_a_writer_at_its_end_goes_to_the_next_one(retriev
     member.start = lambda served: asyncio.sleep(0)
 
     async def live():
-        async with app._live(app._starlette):
+        async with app.live(app._starlette):
             app.drain()
 
     asyncio.run(live())

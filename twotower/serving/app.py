@@ -41,7 +41,7 @@ from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, read_body
 from twotower.serving.metrics import Metrics
 from twotower.serving.monitoring.log import Count, RequestLog
-from twotower.serving.page.files import page_files
+from twotower.serving.page.files import PageFile, page_files
 from twotower.serving.page.lookups import Lookups
 from twotower.serving.processes.member import Member
 from twotower.serving.processes.rates import Rates
@@ -88,7 +88,7 @@ class Endpoint:
 
     def __init__(
         self,
-        app: App,
+        app: Service,
         name: str,
         route: str,
         summary: str,
@@ -255,11 +255,10 @@ class Endpoint:
         return ENCODER.encode(self._app.aliases.to_theirs(msgspec.to_builtins(result)))
 
 
-class App:
-    """The server of one bundle or several.
+class Service:
+    """A server of HTTP: its endpoints, who may use them, and whether it is ready.
 
     Attributes:
-        versions: Versions that answer.
         member: This process among several that serve; None of one that serves alone.
         access: Tokens.
         limits: Bounds.
@@ -267,12 +266,186 @@ class App:
         metrics: Counters.
         count_request: Function that counts a request, and may log it.
         rates: Requests a second of each client; None without a bound.
-        writer: Writer of changes and events.
-        admin: Administration of the versions.
         status: "ok", or what the server waits for.
         accepted: Number of requests that were accepted and are not answered yet.
         closing: Header that ends connections, while the server stops.
         endpoints: Endpoints.
+    """
+
+    def __init__(
+        self,
+        *,
+        access: Access | None = None,
+        limits: Limits | None = None,
+        aliases: Aliases | None = None,
+        member: Member | None = None,
+        log_share: float | None = None,
+    ):
+        """Prepares the server, without endpoints; see `App`."""
+        self.member = member
+        self.access = access or Access({})
+        self.limits = limits or Limits()
+        self.aliases = aliases
+        self.metrics = Metrics()
+        self.count_request: Count = self.metrics.count_request
+        if log_share is not None:
+            self.count_request = RequestLog(self.metrics.count_request, log_share)
+        self.rates = None
+        if self.limits.rate is not None and member is None:
+            self.rates = Rates(self.limits.rate, self.access.clients)
+        elif self.limits.rate is not None and member is not None:
+            self.rates = member.share_rates(self.limits.rate, self.access.clients)
+        self.status = "starting"
+        self.accepted = 0
+        self.closing: list[tuple[bytes, bytes]] = []
+        self.set_endpoints([])
+
+    def set_endpoints(self, endpoints: Sequence[Endpoint], files: Sequence[PageFile] = ()) -> None:
+        """Answers at these paths from now on.
+
+        Args:
+            endpoints: Endpoints.
+            files: Files of the page.
+        """
+        self.endpoints = endpoints
+        # Name -> endpoint that changes something.
+        self.changing = {each.name: each for each in self.endpoints if each.changes}
+        # Looked up before Starlette, whose routes are tried one after another.
+        self._fast: dict[tuple[str, str], Application] = {
+            (endpoint.method, endpoint.path): endpoint
+            for endpoint in self.endpoints
+            if "{" not in endpoint.path
+        }
+        self._fast |= {("GET", file.path): file for file in files}
+        routes = [
+            # An id may hold a slash.
+            Route(endpoint.path.replace("}", ":path}"), endpoint, methods=[endpoint.method])
+            for endpoint in self.endpoints
+        ]
+        self._starlette = Starlette(
+            routes=routes,
+            exception_handlers={HTTPException: self._answer_unknown},
+            lifespan=self.live,
+        )
+        # The address of a redirection would be that which the client names.
+        self._starlette.router.redirect_slashes = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # The start and the end of the server, and paths with an id in them, are left to Starlette.
+        if scope["type"] == "http":
+            endpoint = self._fast.get((scope["method"], scope["path"]))
+            if endpoint is not None:
+                await endpoint(scope, receive, send)
+                return
+        await self._starlette(scope, receive, send)
+
+    @contextlib.asynccontextmanager
+    async def live(self, app: Starlette) -> AsyncIterator[None]:
+        """The life of the server between its start and its end."""
+        del app
+        yield
+
+    @property
+    def waiting_for_disk(self) -> int:
+        """Number of accepted requests that wait for the disk alone."""
+        return 0
+
+    def readiness(self) -> types.Status:
+        """Returns whether requests are answered."""
+        return types.Status(self.status)
+
+    def set_gauges(self) -> None:
+        """Tells the counters what is so now."""
+        self.metrics.tell()
+        self.metrics.ready.set(self.status == "ok")
+        self.metrics.waiting.set(self.accepted)
+        has_joined = self.member is None or self.member.has_joined
+        self.metrics.processes.set(has_joined and self.status == "ok")
+
+    def make_probes(self) -> list[Endpoint]:
+        """Returns the endpoints that say whether the server lives and answers, and its counters."""
+        return [
+            Endpoint(
+                self,
+                "healthz",
+                "GET /healthz",
+                "Whether the process lives.",
+                lambda *_: types.Status("ok"),
+                right=Right.NONE,
+                answer=types.Status,
+                always=True,
+            ),
+            Endpoint(
+                self,
+                "readyz",
+                "GET /readyz",
+                "Whether requests are answered.",
+                lambda *_: self.readiness(),
+                right=Right.NONE,
+                answer=types.Status,
+                always=True,
+            ),
+            Endpoint(
+                self,
+                "metrics",
+                "GET /metrics",
+                "Counters for Prometheus.",
+                lambda *_: self._format_metrics(),
+                always=True,
+            ),
+        ]
+
+    def drain(self) -> None:
+        """Says that the server is about to stop: it answers on, and ends each connection after.
+
+        A signal calls it, amid whatever runs: it must take no lock, such as that of a counter.
+        """
+        # One that was never ready goes on to refuse.
+        self.status = "stopping" if self.status == "ok" else "stopping early"
+        self.closing = [(b"connection", b"close")]
+
+    def not_ready(self) -> RequestError:
+        """Returns the refusal of a request that came too early or too late."""
+        return RequestError(
+            503,
+            f"The server is not ready: {self.status}.",
+            cure="Send the request again, or to another server.",
+            retry_after=1,
+        )
+
+    def write_problem(self, refusal: RequestError) -> bytes:
+        """Returns the body of a refusal."""
+        problem = refusal.to_problem()
+        if self.aliases is not None:
+            problem.field = self.aliases.rename_field(problem.field)
+        return ENCODER.encode(problem)
+
+    async def _answer_unknown(self, request: Request, error: Exception) -> Response:
+        """Answers a path that there is not, or another method of one that there is."""
+        del request
+        status = error.status_code if isinstance(error, HTTPException) else 500
+        refusal = RequestError(
+            status,
+            "There is nothing at this path, by this method.",
+            cure="See /v1/openapi.json for what there is.",
+        )
+        headers = {name.decode(): value.decode() for name, value in [*COMMON, *self.closing]}
+        return Response(self.write_problem(refusal), status, headers, media_type=PROBLEM.decode())
+
+    def _format_metrics(self) -> bytes:
+        # Gauges are set when somebody looks, so that no request pays for them.
+        self.set_gauges()
+        return self.metrics.format()
+
+
+class App(Service):
+    """The server of one bundle or several.
+
+    Attributes:
+        versions: Versions that answer.
+        impressions: Log of what is shown; None for none.
+        writer: Writer of changes and events.
+        admin: Administration of the versions.
     """
 
     def __init__(
@@ -303,96 +476,37 @@ class App:
             member: This process among several that serve; None of one that serves alone.
             log_share: Share of the requests that are logged beside those that fail; None logs none.
         """
+        super().__init__(
+            access=access, limits=limits, aliases=aliases, member=member, log_share=log_share
+        )
         self.versions = versions
         self.impressions = impressions
-        self.member = member
-        self.access = access or Access({})
-        self.limits = limits or Limits()
-        self.aliases = aliases
-        self.metrics = Metrics()
-        self.count_request: Count = self.metrics.count_request
-        if log_share is not None:
-            self.count_request = RequestLog(self.metrics.count_request, log_share)
-        self.rates = None
-        if self.limits.rate is not None and member is None:
-            self.rates = Rates(self.limits.rate, self.access.clients)
-        elif self.limits.rate is not None and member is not None:
-            self.rates = member.share_rates(self.limits.rate, self.access.clients)
         # All versions share one hook: see `ListOptions`.
         if versions.main.hook is not None:
             versions.main.hook.report = self.metrics.count_rerank_failure
         aside = member.folder if member is not None else None
         self.writer = Writer(versions, events, self.limits.writes, aside)
         self.admin = Admin(versions, self.writer, bundles=bundles, follow=follow)
-        self.status = "starting"
-        self.accepted = 0
-        self.closing: list[tuple[bytes, bytes]] = []
         self._differences: list[str] = []
         # Dates of the versions that metrics tell of.
         self._told: dict[str, datetime.datetime] = {}
         self._lookups = Lookups(self.versions)
-        self.endpoints = self._make_endpoints()
-        # Name -> endpoint that changes something.
-        self.changing = {each.name: each for each in self.endpoints if each.changes}
-        # Looked up before Starlette, whose routes are tried one after another.
-        self._fast: dict[tuple[str, str], Application] = {
-            (endpoint.method, endpoint.path): endpoint
-            for endpoint in self.endpoints
-            if "{" not in endpoint.path
-        }
         names = {} if aliases is None else aliases.theirs
-        self._fast |= {("GET", file.path): file for file in page_files(names)}
-        routes = [
-            # An id may hold a slash.
-            Route(endpoint.path.replace("}", ":path}"), endpoint, methods=[endpoint.method])
-            for endpoint in self.endpoints
-        ]
-        self._starlette = Starlette(
-            routes=routes,
-            exception_handlers={HTTPException: self._answer_unknown},
-            lifespan=self._live,
-        )
-        # The address of a redirection would be that which the client names.
-        self._starlette.router.redirect_slashes = False
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The start and the end of the server, and paths with an id in them, are left to Starlette.
-        if scope["type"] == "http":
-            endpoint = self._fast.get((scope["method"], scope["path"]))
-            if endpoint is not None:
-                await endpoint(scope, receive, send)
-                return
-        await self._starlette(scope, receive, send)
+        self.set_endpoints(self._make_endpoints(), page_files(names))
 
     @property
     def answers(self) -> Answers:
         """The version that answers where nothing else is said."""
         return self.versions.main
 
-    def drain(self) -> None:
-        """Says that the server is about to stop: it answers on, and ends each connection after.
+    @property
+    def waiting_for_disk(self) -> int:
+        """Number of accepted requests that wait for the disk alone."""
+        return self.writer.waiting
 
-        A signal calls it, amid whatever runs: it must take no lock, such as that of a counter.
-        """
-        # One that was never ready goes on to refuse.
-        self.status = "stopping" if self.status == "ok" else "stopping early"
-        self.closing = [(b"connection", b"close")]
-
-    def not_ready(self) -> RequestError:
-        """Returns the refusal of a request that came too early or too late."""
-        return RequestError(
-            503,
-            f"The server is not ready: {self.status}.",
-            cure="Send the request again, or to another server.",
-            retry_after=1,
-        )
-
-    def write_problem(self, refusal: RequestError) -> bytes:
-        """Returns the body of a refusal."""
-        problem = refusal.to_problem()
-        if self.aliases is not None:
-            problem.field = self.aliases.rename_field(problem.field)
-        return ENCODER.encode(problem)
+    def readiness(self) -> types.Status:
+        """Returns whether requests are answered."""
+        return types.Status(self.status, self._differences)
 
     async def prepare(self) -> None:
         """Makes the server ready: it compiles, takes in the events, and makes the golden answers.
@@ -429,7 +543,7 @@ class App:
             logging.info("Ready after %.1f s.", time.perf_counter() - start)
 
     @contextlib.asynccontextmanager
-    async def _live(self, app: Starlette) -> AsyncIterator[None]:
+    async def live(self, app: Starlette) -> AsyncIterator[None]:
         """The life of the server between its start and its end."""
         del app
         task = asyncio.create_task(self._prepare_and_follow())
@@ -468,25 +582,13 @@ class App:
                 # together.
                 if self.member is None or self.member.is_writer:
                     await self.admin.follow()
-                self._set_gauges()
+                self.set_gauges()
                 looks += 1
                 if looks % LOOKS == 0:
                     self._tell_figures()
             # A disk or a file that is away for a moment: the next look may find it.
             except Exception:
                 logging.exception("Changes of other processes could not be followed.")
-
-    async def _answer_unknown(self, request: Request, error: Exception) -> Response:
-        """Answers a path that there is not, or another method of one that there is."""
-        del request
-        status = error.status_code if isinstance(error, HTTPException) else 500
-        refusal = RequestError(
-            status,
-            "There is nothing at this path, by this method.",
-            cure="See /v1/openapi.json for what there is.",
-        )
-        headers = {name.decode(): value.decode() for name, value in [*COMMON, *self.closing]}
-        return Response(self.write_problem(refusal), status, headers, media_type=PROBLEM.decode())
 
     def _make_endpoints(self) -> list[Endpoint]:
         choose = self.versions.choose
@@ -748,34 +850,7 @@ class App:
                 answer=dict,
                 always=True,
             ),
-            Endpoint(
-                self,
-                "healthz",
-                "GET /healthz",
-                "Whether the process lives.",
-                lambda *_: types.Status("ok"),
-                right=Right.NONE,
-                answer=types.Status,
-                always=True,
-            ),
-            Endpoint(
-                self,
-                "readyz",
-                "GET /readyz",
-                "Whether requests are answered.",
-                lambda *_: types.Status(self.status, self._differences),
-                right=Right.NONE,
-                answer=types.Status,
-                always=True,
-            ),
-            Endpoint(
-                self,
-                "metrics",
-                "GET /metrics",
-                "Counters for Prometheus.",
-                lambda *_: self._format_metrics(),
-                always=True,
-            ),
+            *self.make_probes(),
         ]
 
     def _counted(
@@ -867,11 +942,6 @@ class App:
             return described
         return self.aliases.to_theirs(described)
 
-    def _format_metrics(self) -> bytes:
-        # Gauges are set when somebody looks, so that no request pays for them.
-        self._set_gauges()
-        return self.metrics.format()
-
     def _tell_figures(self) -> None:
         """Tells which versions there are, and what they have served lately."""
         now = time.time()
@@ -893,12 +963,9 @@ class App:
                 figures = answers.served.look(len(answers.retriever))
                 self.metrics.set_figures(answers.version, figures)
 
-    def _set_gauges(self) -> None:
-        self.metrics.tell()
-        self.metrics.ready.set(self.status == "ok")
-        self.metrics.waiting.set(self.accepted)
-        has_joined = self.member is None or self.member.has_joined
-        self.metrics.processes.set(has_joined and self.status == "ok")
+    def set_gauges(self) -> None:
+        """Tells the counters what is so now."""
+        super().set_gauges()
         self.metrics.items.set(len(self.answers.retriever))
         self.metrics.changes.set(self.answers.retriever.changes)
         if self.impressions is not None:

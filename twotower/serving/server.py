@@ -28,7 +28,7 @@ from twotower.serving import types
 from twotower.serving.access import Access
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import FindVector
-from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send
+from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send, Service
 from twotower.serving.direct import EXCHANGE
 from twotower.serving.errors import RequestError
 from twotower.serving.events import EventLog
@@ -175,7 +175,7 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def serve(app: App, bound: socket.socket) -> None:
+def serve(app: Service, bound: socket.socket) -> None:
     """Answers requests until a signal ends it: SIGTERM or Ctrl-C.
 
     What was accepted is answered first.
@@ -233,7 +233,7 @@ class _Server(uvicorn.Server):
     Balancers and clients with open connections need that moment to turn to another one.
     """
 
-    def __init__(self, config: uvicorn.Config, app: App):
+    def __init__(self, config: uvicorn.Config, app: Service):
         super().__init__(config)
         self._app = app
         self._stop_at = 0.0
@@ -285,7 +285,7 @@ class _Protocol(HttpToolsProtocol):
         served: Server that it belongs to.
     """
 
-    served: App
+    served: Service
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -349,7 +349,7 @@ class _Protocol(HttpToolsProtocol):
         self._cancel_head_timer()
         served = self.served
         # Requests that wait for the disk take no time of the others, and have a bound of their own.
-        if served.accepted - served.writer.waiting < served.limits.waiting:
+        if served.accepted - served.waiting_for_disk < served.limits.waiting:
             served.accepted += 1
             super().on_headers_complete()
             return
