@@ -57,6 +57,8 @@ Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 # (request, id in the path) -> the answer, or a promise of it
 Handle = Callable[[Any, str], Any]
+# (version, request) -> its list
+MakeAnswer = Callable[[Answers, Any], types.Answer]
 
 _ANSWERING = ("ok", "stopping")  # statuses in which requests are answered
 LOOKS = 4  # of these between two looks at what was served
@@ -591,39 +593,51 @@ class App(Service):
                 logging.exception("Changes of other processes could not be followed.")
 
     def _make_endpoints(self) -> list[Endpoint]:
+        return [
+            *self._make_lists(),
+            *self._make_vectors(),
+            *self._make_changes(),
+            *self._make_administration(),
+            *self._make_reports(),
+            *self._make_lookups(),
+        ]
+
+    def _make_lists(self) -> list[Endpoint]:
+        """Returns the endpoints of lists, each with that of its batches."""
+        kinds: list[tuple[str, str, type[Any], type[Any], MakeAnswer]] = [
+            (
+                "retrieve",
+                "Items that suit a user, known, new or anonymous.",
+                types.Retrieve,
+                types.RetrieveBatch,
+                Answers.retrieve,
+            ),
+            (
+                "similar_items",
+                "Items that are like one.",
+                types.SimilarItems,
+                types.SimilarItemsBatch,
+                Answers.similar_items,
+            ),
+            (
+                "popular",
+                "Items with the most training rows.",
+                types.Popular,
+                types.PopularBatch,
+                Answers.popular,
+            ),
+            ("latest", "The newest items.", types.Latest, types.LatestBatch, Answers.latest),
+        ]
+        made = []
+        for name, summary, request, batch, function in kinds:
+            answer = self._counted(function)
+            made.append(self._make_single(name, summary, request, types.Answer, answer))
+            made.append(self._make_batch(name, batch, types.AnswerBatch, answer))
+        return made
+
+    def _make_vectors(self) -> list[Endpoint]:
+        """Returns the endpoints of vectors and scores."""
         choose = self.versions.choose
-
-        def read(
-            name: str, summary: str, request: type[Any], answer: type[Any], handle: Handle
-        ) -> Endpoint:
-            route = f"POST /v1/{name}"
-            return Endpoint(self, name, route, summary, handle, request=request, answer=answer)
-
-        def batch(
-            name: str,
-            request: type[Any],
-            answer: type[Any],
-            function: Callable[[Any], Any],
-        ) -> Endpoint:
-            async def handle(batch: Any, item_id: str) -> Any:
-                del item_id
-                return answer(await _answer_each(function, batch.requests))
-
-            return Endpoint(
-                self,
-                f"{name}_batch",
-                f"POST /v1/{name}/batch",
-                "Several of these in one request, all answered or none.",
-                handle,
-                request=request,
-                answer=answer,
-            )
-
-        # Chosen with each request: the versions change.
-        retrieve = self._counted(Answers.retrieve)
-        similar = self._counted(Answers.similar_items)
-        popular = self._counted(Answers.popular)
-        latest = self._counted(Answers.latest)
 
         def encode_user(request: types.EncodeUser) -> types.Vector:
             answers = choose(request.user_id, request.session_id, request.model_version)
@@ -637,58 +651,58 @@ class App(Service):
                 answers = choose(version=request.model_version)
             return answers.match(request)
 
+        summary = "The vector of a user."
         return [
-            read(
-                "retrieve",
-                "Items that suit a user, known, new or anonymous.",
-                types.Retrieve,
-                types.Answer,
-                lambda request, _: retrieve(request),
+            self._make_single("encode_user", summary, types.EncodeUser, types.Vector, encode_user),
+            self._make_batch("encode_user", types.EncodeUserBatch, types.VectorBatch, encode_user),
+            self._make_single(
+                "match", "Scores of pairs of a user and an item.", types.Match, types.Scores, match
             ),
-            batch("retrieve", types.RetrieveBatch, types.AnswerBatch, retrieve),
-            read(
-                "similar_items",
-                "Items that are like one.",
-                types.SimilarItems,
-                types.Answer,
-                lambda request, _: similar(request),
-            ),
-            batch("similar_items", types.SimilarItemsBatch, types.AnswerBatch, similar),
-            read(
-                "popular",
-                "Items with the most training rows.",
-                types.Popular,
-                types.Answer,
-                lambda request, _: popular(request),
-            ),
-            batch("popular", types.PopularBatch, types.AnswerBatch, popular),
-            read(
-                "latest",
-                "The newest items.",
-                types.Latest,
-                types.Answer,
-                lambda request, _: latest(request),
-            ),
-            batch("latest", types.LatestBatch, types.AnswerBatch, latest),
-            read(
-                "encode_user",
-                "The vector of a user.",
-                types.EncodeUser,
-                types.Vector,
-                lambda request, _: encode_user(request),
-            ),
-            batch("encode_user", types.EncodeUserBatch, types.VectorBatch, encode_user),
-            read(
-                "match",
-                "Scores of pairs of a user and an item.",
-                types.Match,
-                types.Scores,
-                lambda request, _: match(request),
-            ),
-            *self._make_changes(),
-            *self._make_administration(),
-            *self._make_reports(),
-            *[
+        ]
+
+    def _make_single(
+        self,
+        name: str,
+        summary: str,
+        request: type[Any],
+        answer: type[Any],
+        function: Callable[[Any], Any],
+    ) -> Endpoint:
+        """Returns the endpoint of one request at a time."""
+        return Endpoint(
+            self,
+            name,
+            f"POST /v1/{name}",
+            summary,
+            lambda asked, _: function(asked),
+            request=request,
+            answer=answer,
+        )
+
+    def _make_batch(
+        self, name: str, request: type[Any], answer: type[Any], function: Callable[[Any], Any]
+    ) -> Endpoint:
+        """Returns the endpoint of several such requests in one."""
+
+        async def handle(batch: Any, item_id: str) -> Any:
+            del item_id
+            return answer(await _answer_each(function, batch.requests))
+
+        return Endpoint(
+            self,
+            f"{name}_batch",
+            f"POST /v1/{name}/batch",
+            "Several of these in one request, all answered or none.",
+            handle,
+            request=request,
+            answer=answer,
+        )
+
+    def _make_lookups(self) -> list[Endpoint]:
+        """Returns the endpoints of the page."""
+        made = []
+        for lookup in self._lookups.endpoints():
+            made.append(
                 Endpoint(
                     self,
                     lookup.name,
@@ -698,9 +712,8 @@ class App(Service):
                     request=lookup.request,
                     answer=lookup.answer,
                 )
-                for lookup in self._lookups.endpoints()
-            ],
-        ]
+            )
+        return made
 
     def _make_changes(self) -> list[Endpoint]:
         """Returns the endpoints that change something."""
@@ -853,15 +866,14 @@ class App(Service):
             *self.make_probes(),
         ]
 
-    def _counted(
-        self, function: Callable[[Answers, Any], types.Answer]
-    ) -> Callable[[Any], types.Answer]:
+    def _counted(self, function: MakeAnswer) -> Callable[[Any], types.Answer]:
         """Returns a function that makes lists by the version of the user, and counts them."""
         count = self.metrics.count_items
         impressions = self.impressions
         versions = self.versions
 
         def answer(request: Any) -> types.Answer:
+            # With each request, since versions come and go.
             user = getattr(request, "user_id", None)
             session = getattr(request, "session_id", None)
             answers = versions.choose(user, session, request.model_version)
@@ -894,9 +906,7 @@ class App(Service):
 
         return answer
 
-    def _call_shadow(
-        self, function: Callable[[Answers, Any], types.Answer], request: Any, made: types.Answer
-    ) -> None:
+    def _call_shadow(self, function: MakeAnswer, request: Any, made: types.Answer) -> None:
         """Lets the shadow answer a request, if it is one of its share, after the real answer."""
         # A version that was asked for by name is somebody's own comparison.
         is_apart = request.model_version is not None
@@ -910,9 +920,7 @@ class App(Service):
         loop = asyncio.get_running_loop()
         loop.call_soon(self._answer_shadow, function, request, made)
 
-    def _answer_shadow(
-        self, function: Callable[[Answers, Any], types.Answer], request: Any, made: types.Answer
-    ) -> None:
+    def _answer_shadow(self, function: MakeAnswer, request: Any, made: types.Answer) -> None:
         shadow = self.versions.shadow
         # It may have been taken away, or have become the main version, since the request was
         # answered.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from twotower.serving.types import Source
 
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # names the folder of the files; read at import
+# What a gauge is over several processes; "live" leaves out those that have died.
+Mode = Literal["livemax", "livesum", "livemin", "sum"]
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SERVED = {
     "drift": "Population stability index of the last scores against the bundle's own users'.",
@@ -51,131 +53,86 @@ class Metrics:
     def __init__(self):
         # The global one of the library refuses a second server in a process, such as tests make.
         self._registry = CollectorRegistry()
-        registry = self._registry
-        self._requests = Counter(
-            "twotower_requests", "Requests.", ["endpoint", "status", "version"], registry=registry
-        )
+        self._make_counters()
+        self._make_gauges()
         self._seconds = Histogram(
             "twotower_request_seconds",
             "Time from the request to its answer.",
             ["endpoint", "version"],
             buckets=BUCKETS,
-            registry=registry,
-        )
-        self._sources = Counter(
-            "twotower_recommended_items",
-            "Items in answers.",
-            ["source", "version"],
-            registry=registry,
-        )
-        self.short = Counter(
-            "twotower_short_lists", "Lists with fewer items than were asked for.", registry=registry
-        )
-        self.empty = Counter("twotower_empty_lists", "Lists without any item.", registry=registry)
-        self._cached = Counter(
-            "twotower_user_cache_requests",
-            "Users with new events, by whether their vector was kept.",
-            ["result"],
-            registry=registry,
-        )
-        self._figures = {
-            name: Gauge(
-                f"twotower_served_{name}",
-                text,
-                ["version"],
-                # Of several processes the greatest value; those that have died do not count.
-                multiprocess_mode="livemax",
-                registry=registry,
-            )
-            for name, text in SERVED.items()
-        }
-        self._share = Gauge(
-            "twotower_version_share",
-            "Share of the users that a version answers.",
-            ["version"],
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self._age = Gauge(
-            "twotower_version_age_seconds",
-            "Time since the export of a version.",
-            ["version"],
-            multiprocess_mode="livemax",
-            registry=registry,
+            registry=self._registry,
         )
         self._overlaps = Histogram(
             "twotower_shadow_overlap",
             "Share of the items of a real list in that of the shadow.",
             ["version"],
             buckets=SHARES,
-            registry=registry,
-        )
-        self.shadows_skipped = Counter(
-            "twotower_shadow_skipped_requests",
-            "Requests that the shadow did not answer under load.",
-            registry=registry,
-        )
-        self.shadows_failed = Counter(
-            "twotower_shadow_failed_requests",
-            "Requests that the shadow failed on.",
-            registry=registry,
-        )
-        self.shed = Counter(
-            "twotower_shed_requests", "Requests refused under load.", registry=registry
-        )
-        self.limited = Counter(
-            "twotower_limited_requests",
-            "Requests refused as their client had sent too many.",
-            registry=registry,
-        )
-        self.events = Counter("twotower_events", "Events that were accepted.", registry=registry)
-        self.items = Gauge(
-            "twotower_items", "Items now.", multiprocess_mode="livemax", registry=registry
-        )
-        self.changes = Gauge(
-            "twotower_changes",
-            "Changes since the bundle was written.",
-            multiprocess_mode="livemax",
-            registry=registry,
-        )
-        self.waiting = Gauge(
-            "twotower_waiting_requests",
-            "Requests that were accepted and are not answered yet.",
-            # Each process has a queue of its own, so that together they hold the sum.
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.processes = Gauge(
-            "twotower_processes",
-            "Processes that answer.",
-            multiprocess_mode="livesum",
-            registry=registry,
-        )
-        self.ready = Gauge(
-            "twotower_ready",
-            "Whether the server is ready.",
-            # One process that is not ready is enough to say so.
-            multiprocess_mode="livemin",
-            registry=registry,
-        )
-        self._rerank_failures = Counter(
-            "twotower_rerank_failures",
-            "Lists that went out without the re-ranker of --rerank.",
-            ["why"],
-            registry=registry,
-        )
-        self.impressions_lost = Gauge(
-            "twotower_impressions_lost",
-            "Answers that are not in the log.",
-            # Also of processes that have died: what is lost stays lost.
-            multiprocess_mode="sum",
-            registry=registry,
+            registry=self._registry,
         )
         # Looking a label up takes longer than counting.
         self._histograms: dict[tuple[str, str], Histogram] = {}
         # Counted here, and told the library now and then: its counters take a lock each time.
         self._new_requests: dict[tuple[str, int, str], int] = {}
         self._new_items: dict[tuple[str, str], int] = {}
+
+    def _make_counters(self) -> None:
+        """Makes the counters, which only rise."""
+
+        def make(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"twotower_{name}", text, labels, registry=self._registry)
+
+        self._requests = make("requests", "Requests.", "endpoint", "status", "version")
+        self._sources = make("recommended_items", "Items in answers.", "source", "version")
+        self.short = make("short_lists", "Lists with fewer items than were asked for.")
+        self.empty = make("empty_lists", "Lists without any item.")
+        self._cached = make(
+            "user_cache_requests",
+            "Users with new events, by whether their vector was kept.",
+            "result",
+        )
+        self.shadows_skipped = make(
+            "shadow_skipped_requests", "Requests that the shadow did not answer under load."
+        )
+        self.shadows_failed = make("shadow_failed_requests", "Requests that the shadow failed on.")
+        self.shed = make("shed_requests", "Requests refused under load.")
+        self.limited = make(
+            "limited_requests", "Requests refused as their client had sent too many."
+        )
+        self.events = make("events", "Events that were accepted.")
+        self._rerank_failures = make(
+            "rerank_failures", "Lists that went out without the re-ranker of --rerank.", "why"
+        )
+
+    def _make_gauges(self) -> None:
+        """Makes the gauges, each with what it is over several processes."""
+
+        def make(name: str, text: str, mode: Mode, *labels: str) -> Gauge:
+            return Gauge(
+                f"twotower_{name}", text, labels, multiprocess_mode=mode, registry=self._registry
+            )
+
+        # The greatest value of the processes that live.
+        self.items = make("items", "Items now.", "livemax")
+        self.changes = make("changes", "Changes since the bundle was written.", "livemax")
+        self._share = make(
+            "version_share", "Share of the users that a version answers.", "livemax", "version"
+        )
+        self._age = make(
+            "version_age_seconds", "Time since the export of a version.", "livemax", "version"
+        )
+        self._figures = {
+            name: make(f"served_{name}", text, "livemax", "version")
+            for name, text in SERVED.items()
+        }
+        # Each process has a queue of its own, so that together they hold the sum.
+        self.waiting = make(
+            "waiting_requests", "Requests that were accepted and are not answered yet.", "livesum"
+        )
+        self.processes = make("processes", "Processes that answer.", "livesum")
+        # One process that is not ready is enough to say so.
+        self.ready = make("ready", "Whether the server is ready.", "livemin")
+        # Also of processes that have died: what is lost stays lost.
+        self.impressions_lost = make("impressions_lost", "Answers that are not in the log.", "sum")
 
     def count_rerank_failure(self, why: Failure) -> None:
         """Counts a list that went out by its scores, as its re-ranker failed."""

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import logging
 import os
-import signal
 import socket
 import time
 from collections.abc import Generator, Mapping
@@ -37,6 +36,7 @@ from twotower.serving.limits import Limits
 from twotower.serving.lists.options import ListOptions
 from twotower.serving.monitoring.log import use_json
 from twotower.serving.processes.member import Member
+from twotower.serving.processes.signals import signals_to
 from twotower.serving.versions.versions import load_all, restore
 
 # Written once, here: it is sent when there is no time to write anything.
@@ -268,14 +268,9 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
         """Takes signals while it serves; its own end by one of them is no failure."""
-        before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, self.handle_exit)
-        try:
+        # uvicorn would raise them once more after its end, and the status would be theirs.
+        with signals_to(self.handle_exit):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _Protocol(HttpToolsProtocol):

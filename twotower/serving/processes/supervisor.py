@@ -14,7 +14,7 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -26,6 +26,7 @@ from absl import logging
 from prometheus_client.multiprocess import mark_process_dead
 
 from twotower.core.errors import ConfigError
+from twotower.serving.processes.signals import signals_to
 
 MAX_FAILURES = 5  # of processes that ended before they were ready, one after another
 PAUSE_SECONDS = 1.0  # before such a process is started again
@@ -112,7 +113,7 @@ class Supervisor:
         # Read when the library of the counters is imported, by the children.
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(metrics)
         try:
-            with _signals_to(self._end):
+            with signals_to(self._end):
                 self._supervise(folder)
         finally:
             self._kill()
@@ -211,16 +212,3 @@ class Supervisor:
             child.process.join(max(0.0, self._last - time.monotonic()))
             if child.process.is_alive():
                 child.process.kill()
-
-
-@contextlib.contextmanager
-def _signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Hands SIGTERM and Ctrl-C to a function while the block runs."""
-    before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        before[number] = signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
