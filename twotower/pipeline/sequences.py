@@ -85,11 +85,11 @@ class SequencePacking:
         """
         counts = np.diff(self.offsets)[rows]
         row_of_sequence = np.repeat(np.arange(len(rows)), counts)
-        sequences = self.offsets[rows][row_of_sequence] + _count_up(counts)
+        sequences = self.offsets[rows][row_of_sequence] + count_up(counts)
         lengths = self.lengths[sequences]
         first_targets = self._first_targets(sequences, passes[row_of_sequence])
         # From here on one entry a filled slot.
-        position = _count_up(lengths)
+        position = count_up(lengths)
         row = np.repeat(row_of_sequence, lengths)
         slot = np.repeat(self.first_slots[sequences], lengths) + position
         target = np.repeat(first_targets, lengths) + position
@@ -110,7 +110,7 @@ class SequencePacking:
         is_cropped = num_user_events > self.lengths
         sizes = num_user_events[is_cropped]
         # One entry for each event of the users whose sequences are cropped.
-        position = _count_up(sizes)
+        position = count_up(sizes)
         length = np.repeat(self.lengths[is_cropped], sizes)
         last_start = np.repeat(sizes, sizes) - length
         if self.crop == "last":
@@ -302,6 +302,6 @@ def gather_sequences(data: Mapping[str, Any], content: Any) -> Batch:
     }
 
 
-def _count_up(lengths: np.ndarray) -> np.ndarray:
+def count_up(lengths: np.ndarray) -> np.ndarray:
     """Returns 0, 1, ... up to each length, one after the other."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

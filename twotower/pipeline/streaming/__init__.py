@@ -1,0 +1,1 @@
+"""Training examples as records of files, read batch by batch in a shuffled order."""

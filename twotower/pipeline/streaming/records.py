@@ -1,0 +1,367 @@
+"""Training examples as bytes, each with all that a batch needs of its rows.
+
+A record has a head of a fixed size and then any number of events of a fixed size. The record of a
+training row has the row as its head and the history as its events; that of a packed row of
+sequences has no head, and the events of its sequences. The columns of users and items stay where
+they are, in tables that are mapped into memory: they belong to no row.
+
+Records are read a batch at a time, into arrays of the form that the arrays of the whole log have,
+so that `gather_rows` and `gather_sequences` make a batch of them as of any others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from twotower.core.errors import FolderError
+from twotower.pipeline.batches import SPANS, Batch, EventSpans, Features, Rows, gather_rows
+from twotower.pipeline.histories import Histories
+from twotower.pipeline.sequences import SequencePacking, count_up, gather_sequences
+
+# Name -> [N, ...]. Those of a group are named "labels/clicked".
+Columns = dict[str, np.ndarray]
+_GROUPS = ("context", "labels", "events")
+# The third number of a span, which the row knows and no event.
+_TIME_TO_ROW = "time to row"
+# How many events before a row the last one is that it knows of: 0, but among equal times.
+_EVENTS_SINCE = "events since"
+
+
+class Encoded(NamedTuple):
+    """Records one after the other.
+
+    Attributes:
+        content: Their bytes, uint8.
+        ends: End of each in `content`, int64 [N].
+    """
+
+    content: np.ndarray
+    ends: np.ndarray
+
+
+class Records(Protocol):
+    """The examples of a pass as records."""
+
+    @property
+    def name(self) -> str:
+        """Name of the examples in messages, such as "training rows"."""
+        ...
+
+    @property
+    def layout(self) -> Layout:
+        """The bytes of a record."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of examples in a pass."""
+        ...
+
+    def encode(self, start: int, stop: int) -> Encoded:
+        """Returns the records of the examples in [start, stop)."""
+        ...
+
+    def decode(self, records: Sequence[bytes], examples: np.ndarray, passes: np.ndarray) -> Batch:
+        """Returns the batch of some records.
+
+        Args:
+            records: B records.
+            examples: int [B], their numbers.
+            passes: int [B], the pass over the data in which each stands.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The bytes of a record.
+
+    Attributes:
+        head: Type of its beginning.
+        event: Type of each event that follows.
+    """
+
+    head: np.dtype
+    event: np.dtype
+
+    @classmethod
+    def of(cls, head: Columns, event: Columns) -> Layout:
+        """Returns the layout of columns, of which the rows alone are left open."""
+        return cls(_row_type(head), _row_type(event))
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the fields of both parts, as JSON."""
+        described = {}
+        for part in ("head", "event"):
+            fields = []
+            for name, (kind, _) in (getattr(self, part).fields or {}).items():
+                fields.append([name, str(kind.base), list(kind.shape)])
+            described[part] = fields
+        return described
+
+    def join(self, head: Columns, event: Columns, counts: np.ndarray) -> Encoded:
+        """Returns the records of columns.
+
+        Args:
+            head: Columns [N, ...] of the heads.
+            event: Columns [M, ...] of the events, those of one record after those of another.
+            counts: Number of events in each record, int64 [N].
+        """
+        ends = np.cumsum(self.head.itemsize + counts * self.event.itemsize)
+        events = _to_bytes(event, self.event, counts.sum())
+        if not self.head.itemsize:
+            return Encoded(events, ends)
+        heads = _to_bytes(head, self.head, len(counts))
+        places = self._head_places(ends - counts * self.event.itemsize)
+        content = np.empty(len(heads) + len(events), np.uint8)
+        content[places] = heads.reshape(places.shape)
+        content[_all_but(places, len(content))] = events
+        return Encoded(content, ends)
+
+    def split(self, records: Sequence[bytes]) -> tuple[Columns, Columns, np.ndarray]:
+        """Returns the arguments of `join` that some records were made of."""
+        content = np.frombuffer(b"".join(records), np.uint8)
+        lengths = np.fromiter(map(len, records), np.int64, len(records))
+        num_bytes = lengths - self.head.itemsize
+        counts = num_bytes // max(1, self.event.itemsize)
+        if not self.head.itemsize:
+            return {}, _from_bytes(content, self.event), counts
+        if not self.event.itemsize:
+            return _from_bytes(content, self.head), {}, counts
+        places = self._head_places(np.cumsum(lengths) - num_bytes)
+        heads = content[places].reshape(-1)
+        events = content[_all_but(places, len(content))]
+        return _from_bytes(heads, self.head), _from_bytes(events, self.event), counts
+
+    def _head_places(self, ends: np.ndarray) -> np.ndarray:
+        """Returns the places of the bytes of heads, [N, bytes], from the ends of the heads."""
+        return (ends - self.head.itemsize)[:, None] + np.arange(self.head.itemsize)
+
+
+def _row_type(columns: Columns) -> np.dtype:
+    fields = [(name, x.dtype, x.shape[1:]) for name, x in columns.items()]
+    return np.dtype(fields)
+
+
+def _to_bytes(columns: Columns, kind: np.dtype, count: int) -> np.ndarray:
+    """Returns columns [N, ...] as the bytes of N rows."""
+    if not kind.itemsize:
+        return np.zeros(0, np.uint8)
+    rows = np.empty(count, kind)
+    for name, values in columns.items():
+        rows[name] = values
+    return rows.view(np.uint8)
+
+
+def _from_bytes(content: np.ndarray, kind: np.dtype) -> Columns:
+    rows = content.view(kind)
+    return {name: rows[name] for name in kind.names or ()}
+
+
+def _all_but(places: np.ndarray, count: int) -> np.ndarray:
+    """Returns a mask bool [count] of all places but some."""
+    mask = np.ones(count, bool)
+    mask[places] = False
+    return mask
+
+
+def _flat(arrays: Mapping[str, Any]) -> Columns:
+    """Returns single arrays and groups of arrays as columns."""
+    columns = {}
+    for name, value in arrays.items():
+        if isinstance(value, Mapping):
+            columns |= {f"{name}/{key}": x for key, x in value.items()}
+        else:
+            columns[name] = value
+    return columns
+
+
+def _nested(columns: Columns) -> dict[str, Any]:
+    """Returns columns as the single arrays and groups that `_flat` was given."""
+    arrays: dict[str, Any] = {group: {} for group in _GROUPS}
+    for name, values in columns.items():
+        group, slash, key = name.partition("/")
+        if slash:
+            arrays[group][key] = values
+        else:
+            arrays[name] = values
+    return arrays
+
+
+class RowRecords:
+    """Training rows as records: each row with the events of its history.
+
+    Args:
+        rows: The training rows, N.
+        features: The encoded columns of users and items.
+        histories: The histories of the rows, where they are a feature.
+    """
+
+    name = "training rows"
+
+    def __init__(self, rows: Rows, features: Features, histories: EventSpans | None = None) -> None:
+        context = dict(rows.context)
+        self._spans = context.pop(SPANS, None)
+        arrays = {
+            "user": rows.user,
+            "item": rows.item,
+            "weight": rows.weight,
+            "context": context,
+            "labels": rows.labels,
+        }
+        self._head = _flat(arrays)
+        self._event: Columns = {}
+        self._tables = _tables(features)
+        self._history_length = 0
+        self._count = len(rows)
+        if histories is not None:
+            self._event = _flat({"events": histories.training_events})
+            self._tables["reads"] = histories.reads
+            self._history_length = histories.length
+        if self._spans is not None and self._spans.shape[1] > 2:
+            self._head[_TIME_TO_ROW] = self._spans[:, 2]
+        self.layout = Layout.of(self._head, self._event)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def encode(self, start: int, stop: int) -> Encoded:
+        head = {name: x[start:stop] for name, x in self._head.items()}
+        if self._spans is None:
+            return self.layout.join(head, {}, np.zeros(stop - start, np.int64))
+        begins, ends = self._spans[start:stop, :2].astype(np.int64).T
+        counts = ends - begins
+        events = np.repeat(begins, counts) + count_up(counts)
+        event = {name: x[events] for name, x in self._event.items()}
+        return self.layout.join(head, event, counts)
+
+    def decode(self, records: Sequence[bytes], examples: np.ndarray, passes: np.ndarray) -> Batch:
+        del examples, passes  # a row is the same in every pass
+        head, event, counts = self.layout.split(records)
+        time_to_row = head.pop(_TIME_TO_ROW, None)
+        arrays = _nested(head)
+        if self._spans is not None:
+            ends = np.cumsum(counts)
+            spans = [ends - counts, ends]
+            if time_to_row is not None:
+                spans.append(time_to_row)
+            arrays["context"][SPANS] = np.stack(spans, axis=1).astype(np.int32)
+            # A history without events still reads one, and forgets it.
+            events = _nested(event)["events"]
+            arrays["events"] = {name: _padded(x) for name, x in events.items()}
+        index = np.arange(len(records))
+        return gather_rows(arrays | self._tables, index, history_length=self._history_length)
+
+
+def _tables(features: Features) -> dict[str, Any]:
+    return {f"{side}_features": dict(features[side]) for side in ("user", "item")}
+
+
+def _padded(values: np.ndarray) -> np.ndarray:
+    end = np.zeros((1, *values.shape[1:]), values.dtype)
+    return np.concatenate([values, end])
+
+
+class SequenceRecords:
+    """Packed rows of sequences as records: the events of the users of each row.
+
+    A user whose sequences are cropped at random is there with all events, of which each pass takes
+    its crop.
+
+    Args:
+        rows: The training rows.
+        features: The encoded columns of users and items.
+        histories: The histories of the rows.
+        packing: Which sequence stands in which packed row.
+    """
+
+    def __init__(
+        self, rows: Rows, features: Features, histories: Histories, packing: SequencePacking
+    ) -> None:
+        self.name = f"packed rows of {packing.num_slots} events"
+        context = dict(rows.context)
+        self._ends = context.pop(SPANS)[:, 1]
+        arrays = {
+            "user": rows.user,
+            "item": rows.item,
+            "weight": rows.weight,
+            "context": context,
+            "labels": rows.labels,
+        }
+        self._of_row = _flat(arrays)
+        self._of_event = _flat({"events": histories.training_events})
+        self._order = histories.orders["train"]
+        self._tables = _tables(features) | {"reads": histories.reads}
+        self._packing = packing
+        since = {_EVENTS_SINCE: self._ends[:0]}
+        self.layout = Layout.of({}, self._of_row | self._of_event | since)
+        # As `sequence_data` finds out, of the whole log: a batch has the same arrays in each step.
+        self._has_ties = not _are_whole_histories(self._ends, self._order)
+
+    def __len__(self) -> int:
+        return len(self._packing)
+
+    def encode(self, start: int, stop: int) -> Encoded:
+        sequences = np.arange(self._packing.offsets[start], self._packing.offsets[stop])
+        begins, sizes = self._kept(sequences)
+        events = np.repeat(begins, sizes) + count_up(sizes)
+        rows = self._order[events]
+        columns = {name: x[rows] for name, x in self._of_row.items()}
+        columns |= {name: x[events] for name, x in self._of_event.items()}
+        columns[_EVENTS_SINCE] = self._ends[rows] - events
+        first_events = np.append(0, np.cumsum(sizes))
+        offsets = self._packing.offsets[start : stop + 1] - self._packing.offsets[start]
+        return self.layout.join({}, columns, np.diff(first_events[offsets]))
+
+    def decode(self, records: Sequence[bytes], examples: np.ndarray, passes: np.ndarray) -> Batch:
+        _, columns, counts = self.layout.split(records)
+        first = self._packing.offsets[examples]
+        num_sequences = self._packing.offsets[examples + 1] - first
+        sequences = np.repeat(first, num_sequences) + count_up(num_sequences)
+        begins, sizes = self._kept(sequences)
+        if sizes.sum() != counts.sum():
+            raise FolderError(
+                f"Records hold {counts.sum():,} events, not {sizes.sum():,}: they are those of "
+                "other sequences."
+            )
+        # Events have other numbers here than in the log, those of a sequence by one difference.
+        shifts = np.cumsum(sizes) - sizes - begins
+        events_since = columns.pop(_EVENTS_SINCE)
+        arrays = _nested(columns)
+        begins_of_users = np.repeat(self._packing.begins[sequences] + shifts, sizes)
+        arrays["begin"] = begins_of_users.astype(np.int32)
+        if self._has_ties:
+            numbers = np.arange(len(events_since), dtype=np.int32)
+            arrays["end"] = numbers + events_since
+        content = self._packing.expand(examples, passes)
+        # Slots are filled sequence by sequence.
+        is_filled = content[..., 0] >= 0
+        content[is_filled, 0] += np.repeat(shifts, self._packing.lengths[sequences])
+        return gather_sequences(arrays | self._tables, content)
+
+    def _kept(self, sequences: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the first event of sequences that records hold, and the number of these."""
+        packing = self._packing
+        ends = packing.ends[sequences]
+        begins = packing.begins[sequences]
+        if packing.crop == "last":
+            begins = ends - packing.lengths[sequences]
+        return begins, ends - begins
+
+
+def _are_whole_histories(ends: np.ndarray, order: np.ndarray, block: int = 2**20) -> bool:
+    """Returns whether each row knows all events before it.
+
+    Args:
+        ends: End of the history of each row, int32 [N].
+        order: Row of each event, int32 [N].
+        block: Number of events looked at together.
+    """
+    for start in range(0, len(order), block):
+        rows = order[start : start + block]
+        if not np.array_equal(ends[rows], np.arange(start, start + len(rows))):
+            return False
+    return True

@@ -1,0 +1,223 @@
+"""Files of records, in the ArrayRecord format, any of which is read by its number.
+
+```
+shards.json             what the records were made from, their layout, and the size of every file
+00000.array_record ...  one record an example, as many a file as make about a gigabyte
+```
+
+The manifest is written last. A write that was killed goes on with the files that are missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twotower.core.errors import FolderError
+from twotower.core.files import atomic, content_digest, read_json
+from twotower.core.install import extra
+from twotower.core.progress import progress
+from twotower.pipeline.streaming.records import Records
+
+MANIFEST = "shards.json"
+# Of a format or a layout that differs, the records are written again.
+VERSION = 1
+# One record a chunk, or a reader would unpack the neighbours of each. Compressing records of some
+# dozen bytes makes them larger.
+_WRITER = "group_size:1,uncompressed"
+_READER = "readahead_buffer_size:0"
+# Bytes that are read at once. The default of a mebibyte is meant for reading in order.
+_READ_BYTES = 4096
+_FILE_BYTES = 2**30
+# Records that are encoded together.
+_BLOCK = 2**13
+
+_CURE = "Delete the folder: the records are then written again."
+
+
+def shard_folder(data: Path, made_from: Mapping[str, Any]) -> Path:
+    """Returns the folder of the shards of prepared data.
+
+    Args:
+        data: Folder of prepared data, or of a run.
+        made_from: All that decides the records.
+    """
+    return data / "shards" / _digest(made_from)[:12]
+
+
+def write(
+    records: Records,
+    folder: Path,
+    made_from: Mapping[str, Any],
+    *,
+    part: int = 0,
+    parts: int = 1,
+    file_bytes: int = _FILE_BYTES,
+) -> None:
+    """Writes the files of a folder that are missing, or every so many of them.
+
+    Args:
+        records: Examples of a pass.
+        folder: Result of `shard_folder`.
+        made_from: All that decides the records.
+        part: Number of this process among those that write together.
+        parts: Number of these processes. The first one calls `finish` when all have written.
+        file_bytes: Size of a file, about.
+    """
+    for number, (start, stop) in enumerate(_files(records, file_bytes)):
+        path = folder / _file_name(number)
+        if number % parts != part or path.exists():
+            continue
+        with atomic(path) as temporary:
+            _write_file(records, temporary, start, stop)
+    if parts == 1:
+        finish(records, folder, made_from, file_bytes=file_bytes)
+
+
+def finish(
+    records: Records, folder: Path, made_from: Mapping[str, Any], *, file_bytes: int = _FILE_BYTES
+) -> None:
+    """Writes the manifest of a folder whose files have all been written."""
+    files = []
+    for number, (start, stop) in enumerate(_files(records, file_bytes)):
+        path = folder / _file_name(number)
+        entry = {"file": path.name, "records": stop - start, "bytes": path.stat().st_size}
+        files.append(entry)
+    content = {
+        "version": VERSION,
+        "made_from": made_from,
+        "layout": records.layout.describe(),
+        "records": len(records),
+        "files": files,
+    }
+    with atomic(folder / MANIFEST) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether a folder holds all shards of an example set."""
+    return (folder / MANIFEST).is_file()
+
+
+class Shards:
+    """The records of a folder, read by their numbers, from any thread.
+
+    Args:
+        folder: Folder that `write` wrote to.
+        records: Examples that are to be read.
+
+    Attributes:
+        num_bytes: Size of all files.
+        num_files: Number of files.
+        records_read: Number of records read so far.
+        bytes_read: Their bytes.
+
+    Raises:
+        FolderError: A file is missing or cut, or the records have another layout.
+    """
+
+    def __init__(self, folder: Path, records: Records) -> None:
+        self._folder = folder
+        manifest = read_json(folder / MANIFEST)
+        expected = (VERSION, records.layout.describe(), len(records))
+        found = tuple(manifest.get(name) for name in ("version", "layout", "records"))
+        if found != expected:
+            raise FolderError(f"{folder} holds other records than this run reads. {_CURE}")
+        self._files = manifest["files"]
+        for entry in self._files:
+            _check_size(folder / entry["file"], entry["bytes"])
+        counts = [entry["records"] for entry in self._files]
+        # The first record of each file.
+        self._starts = np.cumsum([0, *counts])[:-1]
+        self.num_bytes = sum(entry["bytes"] for entry in self._files)
+        self.num_files = len(self._files)
+        self.records_read = 0
+        self.bytes_read = 0
+        self._lock = threading.Lock()
+        self._reader = functools.cache(self._open)
+
+    def read(self, numbers: np.ndarray) -> list[bytes]:
+        """Returns some records, in the order of their numbers int [B].
+
+        Raises:
+            FolderError: A record is damaged.
+        """
+        files = np.searchsorted(self._starts, numbers, side="right") - 1
+        read: list[bytes] = [b""] * len(numbers)
+        for file in np.unique(files):
+            places = np.flatnonzero(files == file)
+            positions = numbers[places] - self._starts[file]
+            # One call for all: it takes 2 microseconds a record, where one by one takes 15.
+            records = self._read_file(int(file), positions.tolist())
+            for place, record in zip(places.tolist(), records):
+                read[place] = record
+        with self._lock:
+            self.records_read += len(read)
+            self.bytes_read += sum(map(len, read))
+        return read
+
+    def _read_file(self, file: int, positions: list[int]) -> list[bytes]:
+        try:
+            return self._reader(file).read(positions)
+        except (RuntimeError, ValueError, IndexError) as error:
+            reason = str(error).splitlines()[0]
+            path = self._folder / self._files[file]["file"]
+            raise FolderError(f"{path} is damaged ({reason}). {_CURE}") from error
+
+    def _open(self, file: int) -> Any:
+        path = self._folder / self._files[file]["file"]
+        return _array_record().ArrayRecordReader(
+            str(path), options=_READER, file_reader_buffer_size=_READ_BYTES
+        )
+
+
+def _write_file(records: Records, path: Path, start: int, stop: int) -> None:
+    writer = _array_record().ArrayRecordWriter(str(path), _WRITER)
+    blocks = range(start, stop, _BLOCK)
+    try:
+        for first in progress(blocks, total=len(blocks), what="Writing records"):
+            encoded = records.encode(first, min(first + _BLOCK, stop))
+            content = encoded.content.tobytes()
+            begin = 0
+            for end in encoded.ends.tolist():
+                writer.write(content[begin:end])
+                begin = end
+    finally:
+        writer.close()
+
+
+def _files(records: Records, file_bytes: int) -> list[tuple[int, int]]:
+    """Returns the first record of each file and one after its last one."""
+    count = len(records)
+    first = records.encode(0, min(_BLOCK, count))
+    # By the mean of the first records, which every process finds alike; with what ArrayRecord adds.
+    num_bytes = int(first.ends[-1]) // len(first.ends) + 56
+    size = max(1, file_bytes // num_bytes)
+    return [(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _file_name(number: int) -> str:
+    return f"{number:05}.array_record"
+
+
+def _check_size(path: Path, size: int) -> None:
+    if not path.is_file():
+        raise FolderError(f"{path} is missing. {_CURE}")
+    if path.stat().st_size != size:
+        raise FolderError(f"{path} is cut: it has {path.stat().st_size:,} bytes, not {size:,}. {_CURE}")
+
+
+def _digest(made_from: Mapping[str, Any]) -> str:
+    return content_digest({"version": VERSION, **made_from})
+
+
+def _array_record() -> Any:
+    with extra("stream", "config.training.input='stream'"):
+        from array_record.python import array_record_module
+    return array_record_module

@@ -1,0 +1,124 @@
+"""Shuffled batches of records, read ahead of the steps that take them.
+
+The place in the stream is one number, the example to go on with, as in
+`grain.experimental.ElasticIterator`: a run goes on from it with any number of processes that its
+batch can be divided over. A process reads the examples of its own part of each batch alone, which
+is the part that follows that of the process before: the rows of a batch are the same ones, in the
+same order, however many processes there are. (Grain's own iterator deals the rows out in turns.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from twotower.core.errors import ConfigError
+from twotower.core.install import extra
+from twotower.pipeline.batches import Batch
+from twotower.pipeline.streaming.order import shuffled
+from twotower.pipeline.streaming.records import Records
+from twotower.pipeline.streaming.shards import Shards
+
+_LARGEST_SEED = 2**32
+# Batches that are read at once: a step of an accelerator is shorter than the reading of a batch.
+_MAX_THREADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """An endless stream of examples, one shuffled pass over the records after the other.
+
+    Attributes:
+        records: Examples of a pass.
+        shards: Their files.
+        batch_size: Examples B in a batch of all processes.
+        seed: Seed of the shuffles.
+
+    Raises:
+        ConfigError: A batch is larger than a pass.
+    """
+
+    records: Records
+    shards: Shards
+    batch_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        count = len(self.records)
+        if self.batch_size > count:
+            raise ConfigError(
+                f"config.training.batch_size={self.batch_size} is larger than the data: there are "
+                f"{count} {self.records.name}. Choose at most {count}."
+            )
+
+    def examples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns what stands at some positions of the stream.
+
+        Args:
+            positions: int64 [B], from 0.
+
+        Returns:
+            The numbers of the examples, int64 [B], and the pass that each stands in, int64 [B].
+        """
+        count = len(self.records)
+        passes, places = np.divmod(positions, count)
+        numbers = np.empty(len(positions), np.int64)
+        for number in np.unique(passes):
+            is_here = passes == number
+            # As Grain does it: each pass has a seed of its own.
+            seed = (self.seed + int(number)) % _LARGEST_SEED
+            numbers[is_here] = shuffled(places[is_here], count, seed)
+        return numbers, passes
+
+    def load(self, positions: np.ndarray) -> Batch:
+        """Returns the batch of the examples at some positions of the stream."""
+        numbers, passes = self.examples(positions)
+        return self.records.decode(self.shards.read(numbers), numbers, passes)
+
+    def batches(
+        self,
+        next_example: int,
+        steps: int,
+        *,
+        part: slice,
+        put: Callable[[Batch], Any] = lambda batch: batch,
+    ) -> Iterator[Any]:
+        """Returns this process's parts of the batches of some steps, read ahead by threads.
+
+        The iterator has a method `close`, which ends the threads.
+
+        Args:
+            next_example: Position of the first example.
+            steps: Number of steps; nothing after them is read.
+            part: Rows of each batch that this process takes.
+            put: Function that puts a batch where the step reads it, called by the threads.
+        """
+        with extra("stream", "config.training.input='stream'"):
+            import grain
+        parts = _Parts(self, next_example, steps, part, put)
+        threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+        return iter(grain.MapDataset.source(parts).to_iter_dataset(options))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """The parts of batches as a source that Grain reads: one element for each step."""
+
+    stream: Stream
+    next_example: int
+    steps: int
+    part: slice
+    put: Callable[[Batch], Any]
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, step: int) -> Any:
+        start = self.next_example + step * self.stream.batch_size
+        positions = np.arange(start + self.part.start, start + self.part.stop)
+        return self.put(self.stream.load(positions))
