@@ -750,11 +750,18 @@ class TrainingConfig:
         metric: Validation metric that names the best checkpoint, the one with its greatest value.
         patience: Validations without improvement before training stops; 0 never stops early.
         keep_checkpoints: Number of latest checkpoints kept, beside the best.
-        resident_megabytes: Greatest size, in megabytes, of encoded data that is copied to the
-            device once; larger data is streamed.
+        input: Place that batches come from. "resident": all data lies on the device. "host": each
+            process gathers its rows of a batch from arrays that are mapped into its memory.
+            "stream": each process reads its rows alone, ahead of the steps, from shards of records
+            that are written once (extra stream); for logs beyond memory. "auto": resident where the
+            data fits into `resident_megabytes`, else host. The first two give the same bits; a
+            stream has another order of examples.
+        resident_megabytes: Greatest size, in megabytes, of encoded data that the input "auto"
+            copies to the device.
         steps_per_dispatch: Number of steps that the device runs before the host starts more; must
             divide `validate_every` and `steps`. 0 takes as many as last a quarter of a second, 32
-            at most, where all data is on the device, and 1 elsewhere. No number changes a bit.
+            at most, where all data is on the device, and 1 elsewhere. A stream has 1. No number
+            changes a bit.
         accumulate: Number of parts that a batch is computed in, one after the other, to save
             memory. It adds no negatives, so it is refused for losses that take them from the batch.
     """
@@ -776,6 +783,7 @@ class TrainingConfig:
     metric: str = "recall@10"
     patience: int = 0
     keep_checkpoints: int = 2
+    input: Literal["auto", "resident", "host", "stream"] = "auto"
     resident_megabytes: int = 2048
     # The host costs up to half a millisecond a step: a third of a step of 256 examples.
     steps_per_dispatch: int = 0
@@ -791,6 +799,11 @@ class TrainingConfig:
         check.between(0.0, 1e6, "passes")
         if self.passes:
             self._check_passes(check)
+        check.require(
+            self.input != "stream" or self.steps_per_dispatch <= 1,
+            "steps_per_dispatch",
+            "0 or 1 with config.training.input='stream', whose batches come one by one",
+        )
         check.require(
             self.batch_size % self.accumulate == 0,
             "accumulate",
@@ -817,6 +830,12 @@ class TrainingConfig:
             "steps_for",
             f"0 with config.training.passes={self.passes:g}, which counts passes already",
         )
+
+    def is_resident(self, num_bytes: int) -> bool:
+        """Returns whether training data of a size lies on the device."""
+        if self.input == "auto":
+            return num_bytes <= self.resident_megabytes * 2**20
+        return self.input == "resident"
 
     def scaled_to(self, num_examples: int) -> TrainingConfig:
         """Returns the options with as many `steps` as the examples ask for.
@@ -1016,6 +1035,9 @@ class Config:
         # Runs of 1, once the default, and of 0 are the same: no bit depends on it.
         training = sections["training"]
         training["steps_per_dispatch"] = max(1, training["steps_per_dispatch"])
+        # A stream alone has an order of its own.
+        if training["input"] in ("resident", "host"):
+            training["input"] = "auto"
         return sections
 
     def identity(self) -> dict[str, Any]:

@@ -153,7 +153,7 @@ TOGETHER = """
     losses-softmax_pallas towers-deep optimizers-adagrad
     losses-corrected_softmax towers-batch_norm optimizers-plateau
     losses-bsl towers-dropout_by_layer optimizers-streamed
-    losses-gbce towers-summed
+    losses-gbce towers-summed optimizers-host
     losses-sigmoid towers-bfloat16
     losses-bpr negatives-uniform
     losses-hinge negatives-popularity

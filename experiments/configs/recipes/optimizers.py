@@ -28,8 +28,10 @@ RECIPES = {
         "training.schedule.patience": 1,
         "training.validate_every": 50,
     },
-    # Data that does not fit beside the model is streamed, and one old checkpoint is kept.
-    "streamed": {"training.resident_megabytes": 0, "training.keep_checkpoints": 1},
+    # Data that does not fit beside the model stays on the host, and one old checkpoint is kept.
+    "host": {"training.resident_megabytes": 0, "training.keep_checkpoints": 1},
+    # Data that does not fit into memory is read from shards (extra stream).
+    "streamed": {"training.input": "stream"},
 }
 
 

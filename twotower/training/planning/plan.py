@@ -248,8 +248,7 @@ def memory_parts(trainer: Trainer, shapes: Shapes, devices: int, cost: Cost) -> 
     state = abstract_state(trainer, mesh)
     arrays = step_arrays(trainer, shapes)
     data = 0.0
-    # The same rule as the loop's, which keeps data on the devices where it is small.
-    if shapes.data <= trainer.config.training.resident_megabytes * 2**20:
+    if trainer.config.training.is_resident(shapes.data):
         data = float(shapes.data)
         # The data on the device has them already.
         arrays.pop("item_features", None)
@@ -304,7 +303,7 @@ def find_cures(plan: Plan) -> list[str]:
     add(moving / 2, f"config.training.batch_size={training.batch_size // 2}")
     block = plan.config.objective.block
     add(memory["blocks of the loss"] / 2, f"config.objective.block={block // 2}")
-    add(memory["data"], "config.training.resident_megabytes=0, which streams the data")
+    add(memory["data"], "config.training.input='host', which leaves the data in its files")
     add(memory["frequencies"], "config.objective.negatives.frequency='sketch'")
     add(
         memory["arrays of the corpus"] + memory["queue and mined pools"],
