@@ -31,6 +31,7 @@ EXTRAS = {
     "als": ["implicit>=0.7"],
     "umap": ["umap-learn>=0.5.6"],
     "sweep": ["optuna>=4.0"],
+    "stream": ["grain>=0.2.14", "array_record>=0.8"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],
     "dev": [

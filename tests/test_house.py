@@ -75,8 +75,10 @@ MAX_FILES = 15
 ADDRESS = re.compile(r"twotower(\.\w+)+:\w+")
 # google.cloud itself is an empty namespace that orbax looks into
 HEAVY = (
+    "array_record",
     "faiss",
     "fastapi",
+    "grain",
     "hnswlib",
     "google.cloud.bigquery",
     "google.cloud.storage",

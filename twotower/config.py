@@ -831,11 +831,12 @@ class TrainingConfig:
             f"0 with config.training.passes={self.passes:g}, which counts passes already",
         )
 
-    def is_resident(self, num_bytes: int) -> bool:
-        """Returns whether training data of a size lies on the device."""
+    @property
+    def resident_limit(self) -> float:
+        """Greatest size, in megabytes, of training data that lies on the device."""
         if self.input == "auto":
-            return num_bytes <= self.resident_megabytes * 2**20
-        return self.input == "resident"
+            return self.resident_megabytes
+        return math.inf if self.input == "resident" else 0.0
 
     def scaled_to(self, num_examples: int) -> TrainingConfig:
         """Returns the options with as many `steps` as the examples ask for.

@@ -315,6 +315,7 @@ class Batches:
         resident_megabytes: Largest size of the arrays that are put on the device.
 
     Attributes:
+        num_bytes: Size of the arrays of the examples.
         resident: The arrays of the examples where they fit into `resident_megabytes`; put on the
             device once, they let each batch be gathered there. Otherwise None, and `load` gathers
             on the host.
@@ -324,7 +325,7 @@ class Batches:
     """
 
     def __init__(
-        self, examples: Examples, *, batch_size: int, seed: int, resident_megabytes: int
+        self, examples: Examples, *, batch_size: int, seed: int, resident_megabytes: float
     ) -> None:
         count = len(examples)
         if batch_size > count:
@@ -335,8 +336,8 @@ class Batches:
         self._examples = examples
         self._batch_size = batch_size
         self._seed = seed
-        num_bytes = sum(x.nbytes for x in jax.tree.leaves(examples.data))
-        self.resident = examples.data if num_bytes <= resident_megabytes * 2**20 else None
+        self.num_bytes = sum(x.nbytes for x in jax.tree.leaves(examples.data))
+        self.resident = examples.data if self.num_bytes <= resident_megabytes * 2**20 else None
         # A batch needs the pass it lies in, and the next one where it crosses the border.
         self._shuffled = functools.lru_cache(maxsize=2)(self._shuffle)
 

@@ -46,6 +46,8 @@ from twotower.pipeline.histories import Histories, build_histories
 from twotower.pipeline.labels import check_labels, label_columns, label_uses, read_labels
 from twotower.pipeline.log_items import with_items_of_log
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
+from twotower.pipeline.streaming.layout import Records
+from twotower.pipeline.streaming.records import RowRecords, SequenceRecords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +144,13 @@ class PreparedData:
             return InteractionExamples(self.train, self.features, self.histories)
         assert self.histories is not None, "sequences are packed from histories"
         return SequenceExamples(self.train, self.features, self.histories, self.packing)
+
+    def training_records(self) -> Records:
+        """Returns the same examples as records, which a stream is made of."""
+        if self.packing is None:
+            return RowRecords(self.train, self.features, self.histories)
+        assert self.histories is not None, "sequences are packed from histories"
+        return SequenceRecords(self.train, self.features, self.histories, self.packing)
 
     def user_features(
         self, users: np.ndarray, context: Mapping[str, np.ndarray]

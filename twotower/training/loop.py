@@ -3,15 +3,16 @@ last checkpoint to the same end."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,7 @@ from twotower.training.checks import (
     check_memory,
     check_metric,
     check_miner,
+    format_bytes,
 )
 from twotower.training.init import abstract_state, init_on
 from twotower.training.metrics import StepMetrics, Writer, open_writer, recovery_hint
@@ -52,6 +54,9 @@ from twotower.training.optimizers import StepScalars
 from twotower.training.processes import Preemption
 from twotower.training.state import Trainer, TrainState, state_specs
 from twotower.training.step import EMBED_BLOCK, Metrics, train_step
+
+if TYPE_CHECKING:
+    from twotower.pipeline.streaming.stream import Stream
 
 # Weights -> validation metrics by name.
 Validate = Callable[[Weights], Mapping[str, float]]
@@ -63,6 +68,8 @@ Miner = Callable[[Weights], Mapping[str, np.ndarray]]
 # steps, [K] each, and how many those are: the first ones of K. The step is a number, since reading
 # it from the state would wait for the device.
 RunSteps = Callable[[TrainState, int, int], tuple[TrainState, Metrics, int]]
+# Options of the training -> its examples as a stream.
+OpenStream = Callable[[TrainingConfig], "Stream"]
 # (data on the devices, indices) -> batch.
 GatherBatch = Callable[[Mapping[str, Any], Any], Batch]
 
@@ -74,7 +81,7 @@ MAX_SECONDS = 0.25
 
 @dataclasses.dataclass
 class EarlyStopping:
-    """The best validation so far, saved with each checkpoint as JSON.
+    """The best validation so far and the place in the data, saved with each checkpoint as JSON.
 
     Attributes:
         users: Number of users, which lets a checkpoint be read without the data.
@@ -83,6 +90,8 @@ class EarlyStopping:
         best_step: First step that had it.
         waited: Number of validations since `best_step`.
         stopped: Whether training ends for lack of improvement.
+        next_example: Position in the stream of examples that the next step begins at, on any number
+            of processes; None in a checkpoint that was made without one.
     """
 
     users: int
@@ -91,6 +100,7 @@ class EarlyStopping:
     best_step: int = 0
     waited: int = 0
     stopped: bool = False
+    next_example: int | None = None
 
     def update(self, step: int, value: float, patience: int) -> None:
         """Takes a validation into account.
@@ -109,6 +119,11 @@ class EarlyStopping:
         else:
             self.waited += 1
         self.stopped = bool(patience) and self.waited >= patience
+
+    def advance(self, examples: int) -> None:
+        """Moves the place in the data on by a number of examples."""
+        assert self.next_example is not None, "fit knows where a run begins"
+        self.next_example += examples
 
 
 def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) -> Checkpoints:
@@ -136,6 +151,7 @@ def fit(
     workdir: Path,
     *,
     validate: Validate | None,
+    open_stream: OpenStream | None = None,
     mine: Miner | None = None,
     on_validation: OnValidation | None = None,
     mesh: Mesh | None = None,
@@ -150,6 +166,8 @@ def fit(
         workdir: Folder of the run.
         validate: Function from weights to validation metrics, which must hold
             `config.training.metric`; None without validation rows.
+        open_stream: Function that opens the stream of the examples, required by
+            `config.training.input` = "stream".
         mine: Function from weights to pools of hard negatives, required by
             `config.objective.negatives.mined`.
         on_validation: Function that is told of each validation, such as one that ends a run that
@@ -172,12 +190,19 @@ def fit(
     mesh = mesh or make_mesh()
     trainer = trainer.scaled_to(data.num_examples, devices=mesh.size)
     config = trainer.config.training
-    batches = make_batches(data, config)
+    if config.input == "stream":
+        assert open_stream is not None, "a stream is opened by who knows its shards"
+        batches = open_stream(config)
+    else:
+        batches = make_batches(data, config)
     check_run(trainer, batches, data, mesh, has_miner=mine is not None)
     _log_steps(identity.training, config, data.num_examples)
+    _log_input(config, batches)
     with open_checkpoints(workdir, identity) as checkpoints:
         state, progress = _restore_or_init(trainer, data, checkpoints, mesh)
         start = int(state.step)
+        if progress.next_example is None:
+            progress.next_example = start * config.batch_size
         if progress.stopped or start >= config.steps:
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
@@ -189,7 +214,6 @@ def fit(
             # A validation of the fresh model, so that a misspelt metric costs seconds.
             if validate and not start:
                 check_metric(validate(state.weights), config.metric)
-            run_steps = compile_steps(trainer, batches, data, mesh, phases)
             run = _Run(
                 trainer=trainer,
                 checkpoints=checkpoints,
@@ -202,7 +226,10 @@ def fit(
                 mesh=mesh,
                 monitor=monitor,
             )
-            state = run.run_to_end(state, run_steps)
+            with _open_steps(
+                trainer, batches, data, mesh, phases, start, progress.next_example
+            ) as run_steps:
+                state = run.run_to_end(state, run_steps)
     best = ""
     if validate:
         best = f"; best {config.metric} {progress.best:.4f} at step {progress.best_step}"
@@ -219,17 +246,38 @@ def fit(
 
 
 def make_batches(data: TrainingData, config: TrainingConfig) -> Batches:
-    """Returns the batches of the training examples."""
+    """Returns the batches of the training examples, gathered on the device or on the host."""
     return Batches(
         data.training_examples(),
         batch_size=config.batch_size,
         seed=config.seed,
-        resident_megabytes=config.resident_megabytes,
+        resident_megabytes=config.resident_limit,
     )
 
 
+def _log_input(config: TrainingConfig, batches: Batches | Stream) -> None:
+    """Logs where batches come from, and why."""
+    reason = f"config.training.input={config.input!r}"
+    if not isinstance(batches, Batches):
+        size = format_bytes(batches.shards.num_bytes)
+        where = f"are streamed from {len(batches.records):,} records, {size} in all"
+    elif batches.resident is not None:
+        where = f"lie on the device, {format_bytes(batches.num_bytes)}"
+    else:
+        where = f"are gathered on the host from {format_bytes(batches.num_bytes)}"
+    limit = f"config.training.resident_megabytes={config.resident_megabytes}"
+    if config.input == "auto" and where.startswith("lie"):
+        reason = f"no more than {limit}"
+    elif config.input == "auto":
+        reason = (
+            f"more than {limit}; for data beyond memory, or for several machines, "
+            "config.training.input='stream' reads the part of each process alone"
+        )
+    logging.info("The training examples %s: %s.", where, reason)
+
+
 def check_run(
-    trainer: Trainer, batches: Batches, data: TrainingData, mesh: Mesh, *, has_miner: bool
+    trainer: Trainer, batches: Batches | Stream, data: TrainingData, mesh: Mesh, *, has_miner: bool
 ) -> None:
     """Refuses a run that the devices of a mesh cannot train, before anything is allocated.
 
@@ -242,7 +290,9 @@ def check_run(
     check_batch(config.training, mesh)
     check_batch_norm(config, sampling.config, mesh.size, max_rows=EMBED_BLOCK)
     check_miner(sampling.config, has_miner)
-    data_bytes = _bytes(batches.resident)
+    data_bytes = 0
+    if isinstance(batches, Batches):
+        data_bytes = _bytes(batches.resident)
     # The resident data holds the item features already.
     feature_bytes = 0
     if sampling.needs_features and not data_bytes:
@@ -330,6 +380,7 @@ class _Run:
                 self.monitor.profiler.start_before(step)
                 state, launched, count = run_steps(state, step, min(most, self._until_event(step)))
                 step += count
+                self.progress.advance(count * config.batch_size)
                 dispatches += 1
                 metrics.launch(step, launched, count)
                 self.monitor.note(step, metrics)
@@ -447,6 +498,74 @@ def _steps_in_time(seconds_a_step: float) -> int:
     return max(1, min(MAX_STEPS, int(MAX_SECONDS / seconds_a_step)))
 
 
+@contextlib.contextmanager
+def _open_steps(
+    trainer: Trainer,
+    batches: Batches | Stream,
+    data: TrainingData,
+    mesh: Mesh,
+    phases: Phases,
+    start: int,
+    next_example: int,
+) -> Iterator[RunSteps]:
+    """Yields a function that runs the steps from `start` on, and ends what reads ahead of them.
+
+    Args:
+        trainer: Model, loss and optimizers.
+        batches: Training batches.
+        data: Prepared data, of which the constants of a step are made.
+        mesh: Devices of the run.
+        phases: Clock of the training.
+        start: Number of steps done.
+        next_example: Position of the first example of a stream.
+    """
+    if isinstance(batches, Batches):
+        yield compile_steps(trainer, batches, data, mesh, phases)
+        return
+    config = trainer.config.training
+    constants = _constants(trainer, data, mesh, None)
+    program = jit_steps(trainer, mesh, None, 1)
+    parts = PartitionSpec(None, AXIS)
+    number = put(mesh, np.int32(1), REPLICATED)
+
+    def to_devices(batch: Batch) -> Any:
+        first = jax.tree.map(lambda x: x[None], batch)
+        return put_parts(mesh, first, parts, config.batch_size, axis=1)
+
+    reading = batches.batches(
+        next_example,
+        config.steps - start,
+        part=process_part(mesh, config.batch_size),
+        put=to_devices,
+    )
+    try:
+        with reading as read:
+
+            def run(state: TrainState, step: int, most: int) -> tuple[TrainState, Metrics, int]:
+                del step, most  # one step after the other
+                with phases.during("input"):
+                    batch = next(read)
+                state, metrics = program(state, batch, None, constants, number)
+                return state, metrics, 1
+
+            yield run
+    finally:
+        logging.info(
+            "This process read %s examples, %s.",
+            f"{batches.shards.records_read:,}",
+            format_bytes(batches.shards.bytes_read),
+        )
+
+
+def _constants(
+    trainer: Trainer, data: TrainingData, mesh: Mesh, resident: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Returns what steps read and never change; see `step_constants`."""
+    constants = step_constants(trainer.sampling, data, mesh, resident)
+    scalars = StepScalars.build(trainer.config.training)
+    return constants | {"scalars": put(mesh, scalars, REPLICATED)}
+
+
 def compile_steps(
     trainer: Trainer,
     batches: Batches,
@@ -479,8 +598,7 @@ def compile_steps(
     resident = None
     if batches.resident is not None:
         resident = put(mesh, batches.resident, REPLICATED)
-    constants = step_constants(trainer.sampling, data, mesh, resident)
-    constants["scalars"] = put(mesh, StepScalars.build(config), REPLICATED)
+    constants = _constants(trainer, data, mesh, resident)
     places = 0
     if resident is not None and _reads_spans(trainer, mesh):
         places = batches.span_places(config.batch_size // mesh.size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from twotower.features.encoder import Encoder
 from twotower.kernels.dense import fastest_dtype
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
+from twotower.pipeline.streaming.prepared import write_shards
+from twotower.pipeline.streaming.stream import Stream
 from twotower.plugins import (
     config_path,
     import_plugins,
@@ -144,10 +147,15 @@ def train(
         mine = None
         if make_miner and trainer.sampling.config.mined:
             mine = make_miner(prepared, model)
+        open_stream = None
+        if config.training.input == "stream":
+            shards = write_shards(prepared, data_path(workdir))
+            open_stream = functools.partial(Stream.open, prepared.training_records(), shards)
         fit(
             trainer,
             prepared,
             workdir,
+            open_stream=open_stream,
             validate=validate,
             mine=mine,
             on_validation=on_validation,

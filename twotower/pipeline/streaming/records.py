@@ -11,9 +11,8 @@ so that `gather_rows` and `gather_sequences` make a batch of them as of any othe
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,151 +20,14 @@ from twotower.core.errors import FolderError
 from twotower.pipeline.batches import SPANS, Batch, EventSpans, Features, Rows, gather_rows
 from twotower.pipeline.histories import Histories
 from twotower.pipeline.sequences import SequencePacking, count_up, gather_sequences
+from twotower.pipeline.streaming.layout import Columns, Encoded, Layout
 
-# Name -> [N, ...]. Those of a group are named "labels/clicked".
-Columns = dict[str, np.ndarray]
+# Groups of arrays, whose columns are named "labels/clicked".
 _GROUPS = ("context", "labels", "events")
 # The third number of a span, which the row knows and no event.
 _TIME_TO_ROW = "time to row"
 # How many events before a row the last one is that it knows of: 0, but among equal times.
 _EVENTS_SINCE = "events since"
-
-
-class Encoded(NamedTuple):
-    """Records one after the other.
-
-    Attributes:
-        content: Their bytes, uint8.
-        ends: End of each in `content`, int64 [N].
-    """
-
-    content: np.ndarray
-    ends: np.ndarray
-
-
-class Records(Protocol):
-    """The examples of a pass as records."""
-
-    @property
-    def name(self) -> str:
-        """Name of the examples in messages, such as "training rows"."""
-        ...
-
-    @property
-    def layout(self) -> Layout:
-        """The bytes of a record."""
-        ...
-
-    def __len__(self) -> int:
-        """Number of examples in a pass."""
-        ...
-
-    def encode(self, start: int, stop: int) -> Encoded:
-        """Returns the records of the examples in [start, stop)."""
-        ...
-
-    def decode(self, records: Sequence[bytes], examples: np.ndarray, passes: np.ndarray) -> Batch:
-        """Returns the batch of some records.
-
-        Args:
-            records: B records.
-            examples: int [B], their numbers.
-            passes: int [B], the pass over the data in which each stands.
-        """
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The bytes of a record.
-
-    Attributes:
-        head: Type of its beginning.
-        event: Type of each event that follows.
-    """
-
-    head: np.dtype
-    event: np.dtype
-
-    @classmethod
-    def of(cls, head: Columns, event: Columns) -> Layout:
-        """Returns the layout of columns, of which the rows alone are left open."""
-        return cls(_row_type(head), _row_type(event))
-
-    def describe(self) -> dict[str, Any]:
-        """Returns the fields of both parts, as JSON."""
-        described = {}
-        for part in ("head", "event"):
-            fields = []
-            for name, (kind, _) in (getattr(self, part).fields or {}).items():
-                fields.append([name, str(kind.base), list(kind.shape)])
-            described[part] = fields
-        return described
-
-    def join(self, head: Columns, event: Columns, counts: np.ndarray) -> Encoded:
-        """Returns the records of columns.
-
-        Args:
-            head: Columns [N, ...] of the heads.
-            event: Columns [M, ...] of the events, those of one record after those of another.
-            counts: Number of events in each record, int64 [N].
-        """
-        ends = np.cumsum(self.head.itemsize + counts * self.event.itemsize)
-        events = _to_bytes(event, self.event, counts.sum())
-        if not self.head.itemsize:
-            return Encoded(events, ends)
-        heads = _to_bytes(head, self.head, len(counts))
-        places = self._head_places(ends - counts * self.event.itemsize)
-        content = np.empty(len(heads) + len(events), np.uint8)
-        content[places] = heads.reshape(places.shape)
-        content[_all_but(places, len(content))] = events
-        return Encoded(content, ends)
-
-    def split(self, records: Sequence[bytes]) -> tuple[Columns, Columns, np.ndarray]:
-        """Returns the arguments of `join` that some records were made of."""
-        content = np.frombuffer(b"".join(records), np.uint8)
-        lengths = np.fromiter(map(len, records), np.int64, len(records))
-        num_bytes = lengths - self.head.itemsize
-        counts = num_bytes // max(1, self.event.itemsize)
-        if not self.head.itemsize:
-            return {}, _from_bytes(content, self.event), counts
-        if not self.event.itemsize:
-            return _from_bytes(content, self.head), {}, counts
-        places = self._head_places(np.cumsum(lengths) - num_bytes)
-        heads = content[places].reshape(-1)
-        events = content[_all_but(places, len(content))]
-        return _from_bytes(heads, self.head), _from_bytes(events, self.event), counts
-
-    def _head_places(self, ends: np.ndarray) -> np.ndarray:
-        """Returns the places of the bytes of heads, [N, bytes], from the ends of the heads."""
-        return (ends - self.head.itemsize)[:, None] + np.arange(self.head.itemsize)
-
-
-def _row_type(columns: Columns) -> np.dtype:
-    fields = [(name, x.dtype, x.shape[1:]) for name, x in columns.items()]
-    return np.dtype(fields)
-
-
-def _to_bytes(columns: Columns, kind: np.dtype, count: int) -> np.ndarray:
-    """Returns columns [N, ...] as the bytes of N rows."""
-    if not kind.itemsize:
-        return np.zeros(0, np.uint8)
-    rows = np.empty(count, kind)
-    for name, values in columns.items():
-        rows[name] = values
-    return rows.view(np.uint8)
-
-
-def _from_bytes(content: np.ndarray, kind: np.dtype) -> Columns:
-    rows = content.view(kind)
-    return {name: rows[name] for name in kind.names or ()}
-
-
-def _all_but(places: np.ndarray, count: int) -> np.ndarray:
-    """Returns a mask bool [count] of all places but some."""
-    mask = np.ones(count, bool)
-    mask[places] = False
-    return mask
 
 
 def _flat(arrays: Mapping[str, Any]) -> Columns:

@@ -1,7 +1,7 @@
 """Files of records, in the ArrayRecord format, any of which is read by its number.
 
 ```
-shards.json             what the records were made from, their layout, and the size of every file
+shards.json             layout and number of the records, and the size of every file
 00000.array_record ...  one record an example, as many a file as make about a gigabyte
 ```
 
@@ -11,19 +11,19 @@ The manifest is written last. A write that was killed goes on with the files tha
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import threading
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from twotower.core.errors import FolderError
-from twotower.core.files import atomic, content_digest, read_json
+from twotower.core.files import atomic, read_json
 from twotower.core.install import extra
 from twotower.core.progress import progress
-from twotower.pipeline.streaming.records import Records
+from twotower.pipeline.streaming.layout import Records
 
 MANIFEST = "shards.json"
 # Of a format or a layout that differs, the records are written again.
@@ -41,20 +41,9 @@ _BLOCK = 2**13
 _CURE = "Delete the folder: the records are then written again."
 
 
-def shard_folder(data: Path, made_from: Mapping[str, Any]) -> Path:
-    """Returns the folder of the shards of prepared data.
-
-    Args:
-        data: Folder of prepared data, or of a run.
-        made_from: All that decides the records.
-    """
-    return data / "shards" / _digest(made_from)[:12]
-
-
 def write(
     records: Records,
     folder: Path,
-    made_from: Mapping[str, Any],
     *,
     part: int = 0,
     parts: int = 1,
@@ -64,8 +53,7 @@ def write(
 
     Args:
         records: Examples of a pass.
-        folder: Result of `shard_folder`.
-        made_from: All that decides the records.
+        folder: Folder that is named by all that decides the records.
         part: Number of this process among those that write together.
         parts: Number of these processes. The first one calls `finish` when all have written.
         file_bytes: Size of a file, about.
@@ -77,12 +65,10 @@ def write(
         with atomic(path) as temporary:
             _write_file(records, temporary, start, stop)
     if parts == 1:
-        finish(records, folder, made_from, file_bytes=file_bytes)
+        finish(records, folder, file_bytes=file_bytes)
 
 
-def finish(
-    records: Records, folder: Path, made_from: Mapping[str, Any], *, file_bytes: int = _FILE_BYTES
-) -> None:
+def finish(records: Records, folder: Path, *, file_bytes: int = _FILE_BYTES) -> None:
     """Writes the manifest of a folder whose files have all been written."""
     files = []
     for number, (start, stop) in enumerate(_files(records, file_bytes)):
@@ -91,7 +77,6 @@ def finish(
         files.append(entry)
     content = {
         "version": VERSION,
-        "made_from": made_from,
         "layout": records.layout.describe(),
         "records": len(records),
         "files": files,
@@ -210,14 +195,12 @@ def _check_size(path: Path, size: int) -> None:
     if not path.is_file():
         raise FolderError(f"{path} is missing. {_CURE}")
     if path.stat().st_size != size:
-        raise FolderError(f"{path} is cut: it has {path.stat().st_size:,} bytes, not {size:,}. {_CURE}")
-
-
-def _digest(made_from: Mapping[str, Any]) -> str:
-    return content_digest({"version": VERSION, **made_from})
+        raise FolderError(
+            f"{path} is cut: it has {path.stat().st_size:,} bytes, not {size:,}. {_CURE}"
+        )
 
 
 def _array_record() -> Any:
     with extra("stream", "config.training.input='stream'"):
-        from array_record.python import array_record_module
-    return array_record_module
+        # By name, since the compiled module has no stubs.
+        return importlib.import_module("array_record.python.array_record_module")

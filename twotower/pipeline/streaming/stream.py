@@ -9,18 +9,21 @@ same order, however many processes there are. (Grain's own iterator deals the ro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twotower.config import TrainingConfig
 from twotower.core.errors import ConfigError
 from twotower.core.install import extra
 from twotower.pipeline.batches import Batch
+from twotower.pipeline.streaming.layout import Records
 from twotower.pipeline.streaming.order import shuffled
-from twotower.pipeline.streaming.records import Records
 from twotower.pipeline.streaming.shards import Shards
 
 _LARGEST_SEED = 2**32
@@ -55,6 +58,17 @@ class Stream:
                 f"{count} {self.records.name}. Choose at most {count}."
             )
 
+    @classmethod
+    def open(cls, records: Records, folder: Path, config: TrainingConfig) -> Stream:
+        """Returns the stream of a training.
+
+        Args:
+            records: Examples of a pass.
+            folder: Folder of their shards.
+            config: Options of the training, whose batch size and seed are read.
+        """
+        return cls(records, Shards(folder, records), config.batch_size, config.seed)
+
     def examples(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Returns what stands at some positions of the stream.
 
@@ -79,6 +93,7 @@ class Stream:
         numbers, passes = self.examples(positions)
         return self.records.decode(self.shards.read(numbers), numbers, passes)
 
+    @contextlib.contextmanager
     def batches(
         self,
         next_example: int,
@@ -86,10 +101,9 @@ class Stream:
         *,
         part: slice,
         put: Callable[[Batch], Any] = lambda batch: batch,
-    ) -> Iterator[Any]:
-        """Returns this process's parts of the batches of some steps, read ahead by threads.
-
-        The iterator has a method `close`, which ends the threads.
+    ) -> Iterator[Iterator[Any]]:
+        """Yields an iterator over this process's parts of the batches of some steps, which threads
+        read ahead until the block ends.
 
         Args:
             next_example: Position of the first example.
@@ -102,7 +116,9 @@ class Stream:
         parts = _Parts(self, next_example, steps, part, put)
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        return iter(grain.MapDataset.source(parts).to_iter_dataset(options))
+        batches = grain.MapDataset.source(parts).to_iter_dataset(options)
+        with contextlib.closing(iter(batches)) as iterator:
+            yield iterator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +134,7 @@ class _Parts:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: int) -> Any:
-        start = self.next_example + step * self.stream.batch_size
+    def __getitem__(self, index: int) -> Any:
+        start = self.next_example + index * self.stream.batch_size
         positions = np.arange(start + self.part.start, start + self.part.stop)
         return self.put(self.stream.load(positions))

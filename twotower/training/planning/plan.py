@@ -248,7 +248,8 @@ def memory_parts(trainer: Trainer, shapes: Shapes, devices: int, cost: Cost) -> 
     state = abstract_state(trainer, mesh)
     arrays = step_arrays(trainer, shapes)
     data = 0.0
-    if trainer.config.training.is_resident(shapes.data):
+    # The same rule as the loop's, which keeps data on the devices where it is small.
+    if shapes.data <= trainer.config.training.resident_limit * 2**20:
         data = float(shapes.data)
         # The data on the device has them already.
         arrays.pop("item_features", None)
