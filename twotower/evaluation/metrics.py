@@ -305,7 +305,7 @@ def gini(exposures: Int[Array, " N"]) -> float:
     rising = np.sort(np.asarray(exposures)).astype(np.float64)
     count = len(rising)
     total = rising.sum()
-    # One item has all of it, and nothing listed is as equal as can be.
+    # Of one item, or of nothing listed, nothing can be unequal.
     if count < 2 or not total:
         return 0.0
     ranks = 2.0 * np.arange(1, count + 1) - count - 1.0

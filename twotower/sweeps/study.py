@@ -299,7 +299,7 @@ class _Trial:
             if seed == 0:
                 self._report(folder)
             curve = validations(folder, self._metric)
-            # Data can have too few rows for a validation part although the split asks for one.
+            # Without a figure there is nothing to compare by, and `max` would not say why.
             if not curve:
                 raise ConfigError(f"{folder} was never validated: there are no validation rows.")
             values.append(max(curve))

@@ -66,8 +66,8 @@ def audit_leakage(parts: Split, config: Config) -> Audit:
         details[finding.name] = f"{finding.message}. {why}."
     figures["details"] = details
     sentence = (
-        f"The split leaks, as config.split.accept_leakage accepts: {'; '.join(facts)}. Compare the figures with those of the "
-        "same split alone: no served model reaches them."
+        f"The split leaks, as config.split.accept_leakage accepts: {'; '.join(facts)}. Compare the "
+        "figures with those of the same split alone: no served model reaches them."
     )
     return Audit("leakage", True, sentence, figures)
 

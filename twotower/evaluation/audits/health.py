@@ -206,7 +206,7 @@ def hub_histogram(exposures: np.ndarray, k: int) -> dict[str, Any]:
     edges = [0, 1]
     while edges[-1] <= exposures.max(initial=0):
         edges.append(2 * edges[-1])
-    # Up to infinity: the last edge would else belong to its bin, and to no other one.
+    # The last bin is open: it has all items that stand in more lists than its edge.
     numbers, _ = np.histogram(exposures, [*edges[:-1], np.inf])
     return {"k": k, "lists": edges[:-1], "items": numbers.tolist()}
 

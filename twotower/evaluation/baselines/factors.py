@@ -176,12 +176,13 @@ def _words(source: _Source) -> Factors:
     vectors = word_vectors(source.prepared.items)
     if vectors is None:
         raise ConfigError("--baseline=last_item_words needs a column of texts, and there is none.")
-    product = _Product(
-        # Cosines are symmetric, so that the matrix is its own transpose.
-        source.num_items,
-        lambda x: vectors @ (vectors.T @ x),
-        lambda x: vectors @ (vectors.T @ x),
-    )
+
+    def times(x: np.ndarray) -> np.ndarray:
+        # From the right: all cosines would be a full matrix of items by items.
+        return vectors @ (vectors.T @ x)
+
+    # Cosines are symmetric, so that the matrix is its own transpose.
+    product = _Product(source.num_items, times, times)
     return _of_product(source, product, describe_words(source.prepared.items), length=1)
 
 

@@ -204,9 +204,9 @@ def _fitted(
             MAX_GRAPH_ROWS,
         )
     baselines.join(make_item_to_item(train, queries, tuning, without=without, cache=cache))
-    # An extra that is missing is no mistake, unlike one that was asked for.
     if "als" in without:
         return baselines
+    # Said, and no error: nobody asked for this baseline by its name.
     if not has_implicit():
         logging.info("als is left out: it needs the extra 'als' (%s).", install_line("als"))
     elif train.values.size > MAX_PAIRS:
