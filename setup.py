@@ -32,11 +32,12 @@ EXTRAS = {
     "umap": ["umap-learn>=0.5.6"],
     "sweep": ["optuna>=4.0"],
     "stream": ["grain>=0.2.14", "array_record>=0.8"],
+    "duckdb": ["duckdb>=2.0"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],
     "dev": [
         "beartype>=0.20",
-        "duckdb>=1.0",
+        "duckdb>=2.0",
         "faiss-cpu>=1.8",
         "httpx>=0.27",
         "mlflow>=3.0",  # its server

@@ -309,7 +309,9 @@ def _column_bytes(column: pa.ChunkedArray) -> Iterator[np.ndarray]:
     if not pa.types.is_string(column.type):
         # Null as a value that no timestamp has.
         smallest = np.iinfo(np.int64).min
-        yield np.asarray(pc.fill_null(column.cast(pa.int64()), smallest))
+        # Chunk by chunk: those of a file are read when they are asked for.
+        for chunk in column.chunks:
+            yield np.asarray(pc.fill_null(chunk.cast(pa.int64()), smallest))
         return
     # Lengths go before the text, so that ("ab", "c") differs from ("a", "bc"); null has -1.
     yield np.asarray(pc.fill_null(pc.binary_length(column), -1), np.int32)

@@ -54,6 +54,20 @@ def codes_and_values(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa
     return np.concatenate(codes), coded.chunk(0).dictionary
 
 
+def count_codes(column: pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:
+    """Returns the rows of null and then of each code, int64 [C + 1], and the C values by code."""
+    coded = _with_one_dictionary(encode(column))
+    if not coded.num_chunks:
+        return np.zeros(1, np.int64), pa.array([], coded.type.value_type)
+    values = coded.chunk(0).dictionary
+    counts = np.zeros(len(values) + 1, np.int64)
+    # Chunk by chunk: those of a file are read when they are asked for.
+    for chunk in coded.chunks:
+        # One more for null, whose code is -1.
+        counts += np.bincount(_codes_of_chunk(chunk) + 1, minlength=len(counts))
+    return counts, values
+
+
 def distinct(column: pa.ChunkedArray) -> pa.Array:
     """Returns the distinct values of a column without null, in order of first appearance."""
     if not pa.types.is_dictionary(column.type):

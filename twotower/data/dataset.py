@@ -123,8 +123,8 @@ def assemble(
     matches: list[Match] = []
     return Dataset(
         interactions=interactions,
-        users=_entities(users, interactions["user_id"], "user", dropped, matches),
-        items=_entities(items, interactions["item_id"], "item", dropped, matches),
+        users=collect_entities(users, interactions["user_id"], "user", dropped, matches),
+        items=collect_entities(items, interactions["item_id"], "item", dropped, matches),
         has_catalogue=items is not None,
         dropped=tuple(dropped),
         matches=tuple(matches),
@@ -186,7 +186,7 @@ def _first_valid(values: pa.ChunkedArray, codes: np.ndarray, count: int) -> pa.A
     return pa.array(first, mask=first < 0)
 
 
-def _entities(
+def collect_entities(
     table: pa.Table | None,
     ids: pa.ChunkedArray,
     side: Literal["user", "item"],
@@ -196,7 +196,7 @@ def _entities(
     """Returns the table of users or items, one row an id, with every id of the log.
 
     Args:
-        table: Raw table; None makes one of the ids alone.
+        table: Table as it was read; None makes one of the ids alone.
         ids: Ids of the log.
         side: Side that the table describes.
         dropped: Notes of rows that were left out, to which one may be added.

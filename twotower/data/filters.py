@@ -44,20 +44,16 @@ def filter_rows(
     """
     kept = dataset
     dropped = []
-    reports = []
     # One after the other: a k-core is one of the rows that the conditions leave.
     for name, keep in _filters(config, separators or {}):
         before = len(kept.interactions)
         kept = kept.keep_rows(np.asarray(keep(kept.interactions)))
         removed = before - len(kept.interactions)
         dropped.append(Dropped(f"by {name}", removed, before))
-        reports.append(f"{name} removed {removed:,} of {before:,} rows")
     # After the filters, which refuse conditions that cannot be read.
-    warnings = _describe_absent_values(dataset.interactions, config.where)
+    warnings = describe_absent_values(dataset.interactions, config.where)
     if not len(kept.interactions):
-        reason = "; ".join(reports) or "the log is empty"
-        sentences = [f"no training rows are left after the filters of config.data: {reason}."]
-        raise ConfigError(" ".join(sentences + warnings))
+        raise no_rows_left(dropped, warnings)
     dataset = dataclasses.replace(
         kept,
         dropped=(*dataset.dropped, *dropped),
@@ -68,6 +64,22 @@ def filter_rows(
     return _drop_absent_entities(dataset)
 
 
+def no_rows_left(dropped: Sequence[Dropped], warnings: Sequence[str]) -> ConfigError:
+    """Returns the error of filters that leave no row.
+
+    Args:
+        dropped: Note of each filter.
+        warnings: Sentences on their conditions.
+    """
+    reports = []
+    for note in dropped:
+        name = note.reason.removeprefix("by ")
+        reports.append(f"{name} removed {note.rows:,} of {note.total:,} rows")
+    reason = "; ".join(reports) or "the log is empty"
+    sentences = [f"no training rows are left after the filters of config.data: {reason}."]
+    return ConfigError(" ".join([*sentences, *warnings]))
+
+
 def _filters(config: DataConfig, separators: Mapping[str, str]) -> list[tuple[str, RowMask]]:
     """Returns name and mask of the configured filters, in the order in which they apply."""
     filters: list[tuple[str, RowMask]] = []
@@ -76,7 +88,7 @@ def _filters(config: DataConfig, separators: Mapping[str, str]) -> list[tuple[st
         # `_where` and its like are functions of their own, as a lambda made here would read the
         # last condition of the loop.
         name = f"where {condition!r}"
-        filters.append((name, _where(_with_separator(condition, field, separators), field)))
+        filters.append((name, _where(with_separator(condition, field, separators), field)))
     if config.duplicates != "all":
         filters.append((f"duplicates={config.duplicates!r}", _duplicates(config.duplicates)))
     # Last: any later filter could leave a user with fewer rows.
@@ -85,7 +97,7 @@ def _filters(config: DataConfig, separators: Mapping[str, str]) -> list[tuple[st
     return filters
 
 
-def _with_separator(condition: tuple, field: str, separators: Mapping[str, str]) -> tuple:
+def with_separator(condition: tuple, field: str, separators: Mapping[str, str]) -> tuple:
     """Returns a condition that divides the texts of a column of lists.
 
     Raises:
@@ -114,8 +126,13 @@ def _members(value: object) -> tuple:
     return (value,)
 
 
-def _describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list[str]:
-    """Returns a sentence on each text of a condition that no row has."""
+def describe_absent_values(rows: pa.Table, conditions: Sequence[tuple]) -> list[str]:
+    """Returns a sentence on each text of a condition that no row has.
+
+    Args:
+        rows: Rows of the log, or the values that their columns have.
+        conditions: Option `config.data.where`.
+    """
     sentences = []
     for name, symbol, value in conditions:
         column = rows[name]

@@ -88,14 +88,25 @@ def timestamps(rows: pa.Table) -> np.ndarray | None:
     column = rows["timestamp"]
     if column.null_count:
         row = pc.index(pc.is_null(column), True).as_py()
-        raise ConfigError(
-            f"interactions: {column.null_count:,} of {rows.num_rows:,} rows have no timestamp, the "
-            f"first of them row {row + 1} ({describe(rows, row)}), so the log has no order in "
-            f"time. Give every row a timestamp, or drop these by "
-            f"config.data.where=(('timestamp', '!=', None),)."
-        )
+        first = f"row {row + 1} ({describe(rows, row)})"
+        raise missing_times(column.null_count, rows.num_rows, first)
     # A view where the column is one chunk of seconds.
     return column.to_numpy().astype(np.int64, copy=False)
+
+
+def missing_times(missing: int, total: int, first: str) -> ConfigError:
+    """Returns the error of a log in which some rows have a timestamp and others have none.
+
+    Args:
+        missing: Number of rows without.
+        total: Number of all rows.
+        first: Description of the first row without.
+    """
+    return ConfigError(
+        f"interactions: {missing:,} of {total:,} rows have no timestamp, the first of them "
+        f"{first}, so the log has no order in time. Give every row a timestamp, or drop these by "
+        "config.data.where=(('timestamp', '!=', None),)."
+    )
 
 
 def count_later_rows(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -69,17 +70,30 @@ def split(interactions: pa.Table, config: SplitConfig) -> Split:
     for part in range(len(PARTS)):
         rows = np.flatnonzero(part_of_row == part)
         positions.append(rows.astype(index_type(len(part_of_row))))
+    check_parts([len(rows) for rows in positions], config)
     tables = [_rows_at(interactions, rows) for rows in positions]
+    return Split(*tables, file_positions=tuple(positions))
+
+
+def check_parts(sizes: Sequence[int], config: SplitConfig) -> None:
+    """Refuses a split that leaves a part empty whose share is above 0.
+
+    Args:
+        sizes: Number of rows of each part.
+        config: Kind of split and the share of each part.
+
+    Raises:
+        ConfigError: Train, or a part with a share, has no rows.
+    """
     # Train is always needed; a part with a share of 0 may be empty.
     is_needed = (True, config.validation > 0, config.test > 0)
-    for name, table, needed in zip(PARTS, tables, is_needed):
-        if needed and not table.num_rows:
+    for name, size, needed in zip(PARTS, sizes, is_needed):
+        if needed and not size:
             raise ConfigError(
                 f"config.split.kind={config.kind!r} with validation={config.validation} and "
-                f"test={config.test} leaves no {name} rows of {interactions.num_rows:,}. "
+                f"test={config.test} leaves no {name} rows of {sum(sizes):,}. "
                 f"{_HINTS.get(config.kind, '')}"
             )
-    return Split(*tables, file_positions=tuple(positions))
 
 
 def _with_validation(rows: pa.Table, divide: PartOfRows, config: SplitConfig) -> np.ndarray:
@@ -124,21 +138,34 @@ def split_by_time(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     parts = _parts_by_time(times, config)
     if not _is_divided(parts, config):
         values, counts = np.unique(times, return_counts=True)
-        most = values[counts.argmax()]
-        raise ConfigError(
-            f"config.split.kind='time' with validation={config.validation} and "
-            f"test={config.test} leaves no train rows, or too few, of {len(times):,}: rows of one "
-            f"second are never divided, and {counts.max():,} rows have timestamp={most}. Name "
-            "another column of times by config.data.interactions.columns={'timestamp': ...}, or "
-            f"{cure_without_order(rows)}."
-        )
+        most = int(values[counts.argmax()])
+        cure = cure_without_order(rows)
+        raise undivided(config, len(times), int(counts.max()), most, cure)
     return parts
+
+
+def undivided(config: SplitConfig, total: int, count: int, time: int, cure: str) -> ConfigError:
+    """Returns the error of a log whose times leave too few training rows.
+
+    Args:
+        config: Shares of the parts.
+        total: Number of rows.
+        count: Number of rows of the most frequent time.
+        time: That time in seconds.
+        cure: Options for a log without order, as a part of a sentence.
+    """
+    return ConfigError(
+        f"config.split.kind='time' with validation={config.validation} and test={config.test} "
+        f"leaves no train rows, or too few, of {total:,}: rows of one second are never divided, "
+        f"and {count:,} rows have timestamp={time}. Name another column of times by "
+        f"config.data.interactions.columns={{'timestamp': ...}}, or {cure}."
+    )
 
 
 def _parts_by_time(times: np.ndarray, config: SplitConfig) -> np.ndarray:
     """Returns the number of the part of each row, int8 [N], by the moments that divide the log."""
     # Numbers of rows rather than quantiles: quantiles interpolate between times.
-    held_out, test = _held_out_counts(len(times), config)
+    held_out, test = held_out_counts(len(times), config)
     first_rows = [len(times) - count for count in (held_out, test) if count]
     ordered = np.partition(times, first_rows) if first_rows else times
     # int8: one byte a row for three values.
@@ -152,8 +179,13 @@ def _parts_by_time(times: np.ndarray, config: SplitConfig) -> np.ndarray:
 
 def _is_divided(parts: np.ndarray, config: SplitConfig) -> bool:
     """Returns whether a split by time leaves at least half of the training rows that it should."""
+    return is_enough((parts == TRAIN).mean(), config)
+
+
+def is_enough(share: float, config: SplitConfig) -> bool:
+    """Returns whether a share of training rows is at least half of what it should be."""
     train_share = 1 - config.validation - config.test
-    return bool((parts == TRAIN).mean() >= train_share / 2)
+    return bool(share >= train_share / 2)
 
 
 def has_order(rows: pa.Table, config: SplitConfig) -> bool:
@@ -225,7 +257,7 @@ def _count_later(rows: pa.Table, config: SplitConfig) -> tuple[np.ndarray, np.nd
 
 def split_at_random(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     """Draws exactly round(N * share) rows for validation and for test, by the seed."""
-    held_out, test = _held_out_counts(rows.num_rows, config)
+    held_out, test = held_out_counts(rows.num_rows, config)
     # A permutation instead of a draw a row: the sizes are exact.
     order = np.random.default_rng(config.seed).permutation(rows.num_rows)
     parts = np.full(rows.num_rows, TRAIN, np.int8)
@@ -361,7 +393,7 @@ VALIDATION_BY: dict[str, ValidationRows] = {
 }
 
 
-def _held_out_counts(num_rows: int, config: SplitConfig) -> tuple[int, int]:
+def held_out_counts(num_rows: int, config: SplitConfig) -> tuple[int, int]:
     """Returns the number of rows for validation and test together, and for test alone."""
     # Each share is checked by `SplitConfig`, their sum only here: leave_last_out does not use it.
     if config.validation + config.test >= 1:

@@ -293,19 +293,36 @@ def check_time_range(
         row = pc.index(mask, True).as_py()
         if row < 0 or finding in accept:
             continue
-        when = "before 1990"
-        bound = "'>=', 631152000"
-        if finding == "future_times":
-            when = "after tomorrow"
-            bound = f"'<=', {int(now) + DAY}"
-        accepted = (*accept, finding)
-        raise ConfigError(
-            f"interactions: {pc.sum(mask).as_py():,} of {len(rows):,} rows have a time {when}, "
-            f"such as {format_time(seconds[row].as_py())} ({describe(rows, row)}). "
-            f"{_time_cure(seconds, time, now)}If few are wrong, "
-            f"config.data.where=(('timestamp', {bound}),) leaves them out; if they are right: "
-            f"config.data.accept={accepted!r}."
-        )
+        share = f"{pc.sum(mask).as_py():,} of {len(rows):,}"
+        example = f"{format_time(seconds[row].as_py())} ({describe(rows, row)})"
+        cure = _time_cure(seconds, time, now)
+        raise time_out_of_range(finding, share, example, accept, now=now, cure=cure)
+
+
+def time_out_of_range(
+    finding: str, share: str, example: str, accept: Collection[str], *, now: float, cure: str = ""
+) -> ConfigError:
+    """Returns the error of times before 1990 or after tomorrow.
+
+    Args:
+        finding: "old_times" or "future_times".
+        share: Words for how many rows have such a time, such as "3 of 10".
+        example: One of these times.
+        accept: Option `config.data.accept`.
+        now: Seconds since the epoch, which tomorrow counts from.
+        cure: Sentence on the unit or format by which they would be in range.
+    """
+    when = "before 1990"
+    bound = "'>=', 631152000"
+    if finding == "future_times":
+        when = "after tomorrow"
+        bound = f"'<=', {int(now) + DAY}"
+    accepted = (*accept, finding)
+    return ConfigError(
+        f"interactions: {share} rows have a time {when}, such as {example}. {cure}If few are "
+        f"wrong, config.data.where=(('timestamp', {bound}),) leaves them out; if they are right: "
+        f"config.data.accept={accepted!r}."
+    )
 
 
 def near_equal_ids(ids: pa.Array | pa.ChunkedArray, side: Side) -> list[str]:
@@ -378,7 +395,7 @@ def _read(raw: RawTable, contract: Contract, uses: Uses) -> tuple[pa.Table, Cont
                 values = contract.ids(name, values)
             # Columns of users and items are typed by the features that read them.
             elif is_log:
-                values = _log_column(name, values, own, raw)
+                values = log_column(name, values, own, raw)
         except BadValue as error:
             raise raw.refusal(error, name) from None
         typed[name] = values
@@ -389,10 +406,16 @@ def _read(raw: RawTable, contract: Contract, uses: Uses) -> tuple[pa.Table, Cont
     return table, contract
 
 
-def _log_column(
+def log_column(
     name: str, values: pa.ChunkedArray, contract: Contract, raw: RawTable
 ) -> pa.ChunkedArray:
     """Returns a column of the log whose name says what it is; others as they are.
+
+    Args:
+        name: Our name of the column, which is no key.
+        values: Values as they were read.
+        contract: Contract with the form of the times.
+        raw: Source of the table.
 
     Raises:
         BadValue: A value is not what the column is.

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrow import fingerprint, pc
-from twotower.core.codes import codes_and_values
+from twotower.core.codes import codes_and_values, count_codes
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.features.base import Feature, Key, TrainingColumn, prefix_errors
 from twotower.features.encoder import Encoder
@@ -190,15 +190,14 @@ def _count_training_rows(train: pa.Table, table: pa.Table, side: str) -> np.ndar
             f"The {side}s table has {len(repeated)} ids more than once, the first "
             f"{repeated[0].as_py()!r}; they must be unique."
         )
-    codes, known = codes_and_values(train[id_column])
-    # One more for null, whose code is -1.
-    rows_of_code = np.bincount(codes + 1, minlength=len(known) + 1)
+    rows_of_code, known = count_codes(train[id_column])
     row_of_table = np.asarray(pc.fill_null(pc.index_in(as_strings(known), value_set=ids), -1))
     row_of_table = np.append(np.int32(-1), row_of_table)
     # A training row whose user or item is absent would train nothing, and be counted nowhere.
     is_counted = rows_of_code > 0
     absent = np.flatnonzero(is_counted & (row_of_table < 0))
     if len(absent):
+        codes, _ = codes_and_values(train[id_column])
         row = int(np.isin(codes + 1, absent).argmax())
         unknown = train[id_column][row].as_py()
         raise ValueError(

@@ -302,10 +302,29 @@ def encode_events(
     else:
         ids = vocabulary.rows(items)
     arrays = {f"{feature.name}/{feature.reads[0]}": ids}
-    if not feature.is_weighted:
-        return arrays
+    if feature.is_weighted:
+        arrays[HISTORY_WEIGHT] = log_weights(feature, fitted, len(items), event_names, times)
+    return arrays
+
+
+def log_weights(
+    feature: HistoryFeature,
+    fitted: Fitted,
+    count: int,
+    event_names: pa.Array | pa.ChunkedArray | None,
+    times: np.ndarray | None,
+) -> np.ndarray:
+    """Returns the logs of the weights of single events, float32 [M].
+
+    Args:
+        feature: History feature.
+        fitted: State of the feature.
+        count: Number M of events.
+        event_names: Kind of each event [M], such as "view"; None if it is not known.
+        times: Time of each event [M] in seconds; only a `half_life` reads it.
+    """
     # float64 until the end: ages in seconds are large beside the logs of weights.
-    logs = np.zeros(len(items))
+    logs = np.zeros(count)
     if feature.weights and event_names is not None:
         names = pa.array(list(feature.weights), pa.large_string())
         # One more weight behind the named ones: an event that is not named weighs 1.
@@ -316,7 +335,7 @@ def encode_events(
         half_life = _SECONDS_A_DAY * feature.half_life
         # Ages are counted from a fixed moment: in a bag only the differences of logs matter.
         logs = logs + np.log(2) * (times - fitted.statistics["newest"]) / half_life
-    return arrays | {HISTORY_WEIGHT: logs.astype(np.float32)}
+    return logs.astype(np.float32)
 
 
 def time_buckets(feature: HistoryFeature, seconds: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ only be a mistake."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -49,16 +50,30 @@ def check_log(rows: pa.Table, accept: Sequence[str]) -> None:
     """
     for side in ("user", "item"):
         ids = rows[f"{side}_id"]
-        if not _is_constant(ids):
-            continue
-        _refuse(
-            f"one_{side}",
-            f"all {len(rows):,} rows have {side}_id={ids[0].as_py()!r}: with one {side} there is "
-            f"nothing to tell apart. Name the column of the {side}s by "
-            f"config.data.interactions.columns={{'{side}_id': ...}}, or let config.data.where keep "
-            "more rows",
-            accept,
-        )
+        if _is_constant(ids):
+            refuse_one_id(side, ids[0].as_py(), len(rows), accept)
+
+
+def refuse_one_id(side: str, value: str, rows: int, accept: Sequence[str]) -> None:
+    """Refuses a log of one user or of one item, unless that is accepted.
+
+    Args:
+        side: "user" or "item".
+        value: The one id.
+        rows: Number of rows.
+        accept: Option `config.data.accept`.
+
+    Raises:
+        ConfigError: It is not accepted.
+    """
+    _refuse(
+        f"one_{side}",
+        f"all {rows:,} rows have {side}_id={value!r}: with one {side} there is nothing to tell "
+        f"apart. Name the column of the {side}s by "
+        f"config.data.interactions.columns={{'{side}_id': ...}}, or let config.data.where keep "
+        "more rows",
+        accept,
+    )
 
 
 def list_separators(spec: FeatureSpec) -> dict[str, str]:
@@ -119,29 +134,46 @@ def describe_data(
     Raises:
         ConfigError: No held-out answer can be found, which is not accepted.
     """
-    rows = dataset.interactions
-    numbers = _Numbers(dataset, parts, users, items)
+    numbers = _Numbers(config, dataset, parts, users, items)
+    return describe_numbers(config, spec, dataset, numbers, parts.train)
+
+
+def describe_numbers(
+    config: Config, spec: FeatureSpec, dataset: Dataset, numbers: LogNumbers, train: pa.Table
+) -> DataReport:
+    """Returns the report of data whose rows were counted.
+
+    Args:
+        config: Configuration of the run.
+        spec: Features of the run.
+        dataset: The log, with its items restricted to the corpus; of its rows none is read.
+        numbers: Counts of the rows.
+        train: Training rows, with the columns that features read.
+
+    Raises:
+        ConfigError: No held-out answer can be found, which is not accepted.
+    """
     held_out = {}
     for part in (1, 2):
-        positive = _positives(config, numbers.tables[part])
+        answers = numbers.held_out(part)
         # A part without a positive row asks for nothing; evaluation says so when it is measured.
-        if positive.any():
-            held_out[PARTS[part]] = numbers.held_out(part, positive, config.evaluation.query)
+        if answers is not None:
+            held_out[PARTS[part]] = answers
     # Before the refusal, which gives them as its reasons.
-    of_ids = list(_describe_ids(rows, numbers))
+    of_ids = list(_describe_ids(numbers))
     _check_answers(config, held_out, dataset.has_catalogue, of_ids)
     warnings = [
         *_describe_answers(held_out, spec, dataset.has_catalogue),
         *of_ids,
         # Ids in two forms, though most match.
         *(match.describe() for match in dataset.matches if match.cause),
-        *_describe_features(spec, dataset, parts.train),
+        *_describe_features(spec, dataset, train),
         *dataset.warnings,
     ]
-    first, last = _time_range(rows)
+    first, last = numbers.time_range()
     return DataReport(
         warnings=tuple(warnings),
-        rows=sum(map(len, numbers.tables)),
+        rows=sum(numbers.part_rows),
         users=numbers.num_users,
         items=numbers.num_items,
         corpus=len(dataset.items),
@@ -151,34 +183,79 @@ def describe_data(
         matches=dataset.matches,
         repeats=numbers.count_repeats(),
         split=config.split.kind,
-        parts={name: len(table) for name, table in zip(PARTS, numbers.tables)},
+        parts=dict(zip(PARTS, numbers.part_rows)),
         held_out=held_out,
-        notes=(*dataset.notes, *_describe_values(config, spec, rows)),
+        notes=(*dataset.notes, *_describe_values(config, spec, numbers)),
     )
+
+
+class LogNumbers(Protocol):
+    """Counts of the rows of a log that is divided, however these are held.
+
+    Attributes:
+        num_rows: Number of rows that the filters keep.
+        part_rows: Number of rows of train, validation and test.
+        num_users: Number of users that have rows.
+        num_items: Number of items that have rows.
+        columns: Columns of the rows.
+    """
+
+    num_rows: int
+    part_rows: Sequence[int]
+    num_users: int
+    num_items: int
+    columns: Sequence[str]
+
+    def held_out(self, part: int) -> HeldOut | None:
+        """Returns what can be predicted of the rows of a part; None where there are none.
+
+        Args:
+            part: Number of the part.
+        """
+        ...
+
+    def count_repeats(self) -> int:
+        """Returns the number of rows whose user and item another row before them has."""
+        ...
+
+    def time_range(self) -> tuple[int | None, int | None]:
+        """Returns the earliest and the latest time; None in a log without times."""
+        ...
+
+    def heaviest_share(self) -> float:
+        """Returns the share of the weight that the heaviest hundredth of the rows hold."""
+        ...
+
+    def first_kinds(self) -> list[str | None]:
+        """Returns the kinds of events of the first `SAMPLE` rows."""
+        ...
 
 
 class _Numbers:
     """Users and items of the parts as numbers, by which all is counted without hashing texts.
 
-    Attributes:
-        tables: Rows of train, validation and test.
-        num_users: Number of users that have rows.
-        num_items: Number of items that have rows.
+    It is the `LogNumbers` of rows in memory.
     """
 
     def __init__(
         self,
+        config: Config,
         dataset: Dataset,
         parts: Split,
         users: Sequence[np.ndarray],
         items: Sequence[np.ndarray],
     ):
-        self.tables = parts.tables
+        self._config = config
+        self._rows = dataset.interactions
+        self._tables = parts.tables
+        self.num_rows = len(self._rows)
+        self.part_rows = [len(table) for table in parts.tables]
+        self.columns = self._rows.column_names
         self._users = users
         corpus = len(dataset.items)
         # Items outside of the corpus get numbers behind it; no training row has one.
         outside: list[pa.ChunkedArray] = []
-        for table, item in zip(self.tables, items):
+        for table, item in zip(self._tables, items):
             is_outside = np.flatnonzero(item < 0)
             outside.append(plain_text(table["item_id"].take(pa.array(is_outside))))
         ids = pa.chunked_array(
@@ -206,18 +283,15 @@ class _Numbers:
         self.num_users = int(np.count_nonzero(sum(rows_of_users)))
         self.num_items = int(np.count_nonzero(sum(rows_of_items)))
 
-    def held_out(self, part: int, positive: np.ndarray, query: str) -> HeldOut:
-        """Returns what can be predicted of the rows of a part.
-
-        Args:
-            part: Number of the part.
-            positive: Rows in which a user wanted an item, bool [N].
-            query: Option `config.evaluation.query`.
-        """
+    def held_out(self, part: int) -> HeldOut | None:
+        """See `LogNumbers`; rows in which a user did not want the item do not count."""
+        positive = _positives(self._config, self._tables[part])
+        if not positive.any():
+            return None
         users = self._users[part][positive]
         items = self._items[part][positive]
         is_outside = items >= self._corpus
-        if query == "user":
+        if self._config.evaluation.query == "user":
             # Of several rows with one user and item, one answer is right; see `make_queries`.
             pairs = np.sort(users * np.int64(self._range) + items)
             pairs = pairs[np.append(True, pairs[1:] != pairs[:-1])]
@@ -241,7 +315,7 @@ class _Numbers:
         )
 
     def count_repeats(self) -> int:
-        """Returns the number of rows whose user and item another row before them has."""
+        """See `LogNumbers`."""
         # One array for all rows, filled in place: the log is the largest thing in memory here.
         pairs = np.empty(sum(map(len, self._users)), np.int64)
         start = 0
@@ -253,6 +327,24 @@ class _Numbers:
         # Sorted in place of hashed, which takes a tenth of the time.
         pairs.sort()
         return int((pairs[1:] == pairs[:-1]).sum())
+
+    def time_range(self) -> tuple[int | None, int | None]:
+        """See `LogNumbers`."""
+        if timestamps(self._rows) is None:
+            return None, None
+        ends = pc.min_max(self._rows["timestamp"]).as_py()
+        return ends["min"], ends["max"]
+
+    def heaviest_share(self) -> float:
+        """See `LogNumbers`."""
+        weights = np.sort(pc.fill_null(self._rows["weight"], 1.0).to_numpy())
+        heaviest = weights[len(weights) - max(len(weights) // 100, 1) :]
+        return float(heaviest.sum() / max(weights.sum(), 1e-30))
+
+    def first_kinds(self) -> list[str | None]:
+        """See `LogNumbers`."""
+        # Of some rows: all of them would take longer to count than the rest of the report.
+        return pc.unique(self._rows["event"][:SAMPLE]).to_pylist()
 
 
 def _positives(config: Config, rows: pa.Table) -> np.ndarray:
@@ -317,7 +409,7 @@ def _describes_items(spec: FeatureSpec) -> bool:
     return any(feature.columns_read != ("item_id",) for feature in spec.item.values())
 
 
-def _describe_ids(rows: pa.Table, numbers: _Numbers) -> Iterator[str]:
+def _describe_ids(numbers: LogNumbers) -> Iterator[str]:
     counts = {"user": numbers.num_users, "item": numbers.num_items}
     meanings = {
         "user": "of most users nothing is known but one row",
@@ -325,9 +417,9 @@ def _describe_ids(rows: pa.Table, numbers: _Numbers) -> Iterator[str]:
     }
     for side, count in counts.items():
         # An id of nearly every row is mostly the wrong column.
-        if count >= NEARLY_ALL * len(rows):
+        if count >= NEARLY_ALL * numbers.num_rows:
             yield (
-                f"{len(rows):,} rows have {count:,} different {side}s: {meanings[side]}. If "
+                f"{numbers.num_rows:,} rows have {count:,} different {side}s: {meanings[side]}. If "
                 f"{side}_id numbers the rows, orders or visits, name another column by "
                 f"config.data.interactions.columns={{'{side}_id': ...}}."
             )
@@ -403,25 +495,24 @@ def _describe_separator(
     )
 
 
-def _describe_values(config: Config, spec: FeatureSpec, rows: pa.Table) -> Iterator[str]:
+def _describe_values(config: Config, spec: FeatureSpec, numbers: LogNumbers) -> Iterator[str]:
     """Yields sentences on what columns of the log with a name of ours do, or do not do."""
     objective = config.objective
     # All that reads a column of the log by its name, or a condition on it.
     used = {condition[0] for condition in config.data.where}
     used |= {objective.label, *(head.label for head in objective.heads.values())}
     used |= {name for feature in spec.user.values() for name in feature.columns_read}
-    if "weight" in rows.column_names:
-        yield _describe_weights(rows["weight"])
+    if "weight" in numbers.columns:
+        yield _describe_weights(numbers.heaviest_share())
     cures = {
         "rating": "config.data.where=(('rating', '>=', ...),) keeps some of them",
         "label": "config.objective.label='label' tells those with 0 apart",
     }
     for name, cure in cures.items():
-        if name in rows.column_names and name not in used:
+        if name in numbers.columns and name not in used:
             yield f"The column {name!r} is not read: each row counts as liked. {cure}."
-    if "event" in rows.column_names and not config.data.event_weights and "event" not in used:
-        # Of some rows: all of them would take longer to count than the rest of the report.
-        kinds = pc.unique(rows["event"][:SAMPLE]).to_pylist()
+    if "event" in numbers.columns and not config.data.event_weights and "event" not in used:
+        kinds = numbers.first_kinds()
         if len(kinds) > 1:
             listed = ", ".join(f"{kind!r}" for kind in kinds[:LISTED])
             yield (
@@ -430,22 +521,12 @@ def _describe_values(config: Config, spec: FeatureSpec, rows: pa.Table) -> Itera
             )
 
 
-def _describe_weights(column: pa.ChunkedArray) -> str:
-    weights = np.sort(pc.fill_null(column, 1.0).to_numpy())
+def _describe_weights(share: float) -> str:
     # A few rows with most of the weight are mostly a mistake of units, and train like so few rows.
-    heaviest = weights[len(weights) - max(len(weights) // 100, 1) :]
-    share = float(heaviest.sum() / max(weights.sum(), 1e-30))
     line = "The column 'weight' multiplies the loss of each row"
     if share > HEAVY:
         line += f": the heaviest 1% of the rows hold {share:.0%} of it"
     return f"{line}."
-
-
-def _time_range(rows: pa.Table) -> tuple[int | None, int | None]:
-    if timestamps(rows) is None:
-        return None, None
-    ends = pc.min_max(rows["timestamp"]).as_py()
-    return ends["min"], ends["max"]
 
 
 def _refuse(finding: str, words: str, accept: Sequence[str]) -> None:

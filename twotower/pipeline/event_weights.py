@@ -57,7 +57,21 @@ def check_event_weights(rows: pa.Table, data: DataConfig) -> list[str]:
         )
     counts = pc.value_counts(rows["event"])
     kinds = counts.field("values").to_pylist()
-    count_by_kind = dict(zip(kinds, counts.field("counts").to_pylist()))
+    return check_kinds(dict(zip(kinds, counts.field("counts").to_pylist())), data)
+
+
+def check_kinds(count_by_kind: Mapping[str | None, int], data: DataConfig) -> list[str]:
+    """Returns what `check_event_weights` does, by the number of rows of each kind.
+
+    Args:
+        count_by_kind: Kind of event -> its rows, in order of first appearance.
+        data: Options `config.data`, with weights of events.
+
+    Raises:
+        ConfigError: Most rows are of a kind that is not named.
+    """
+    field = "config.data.event_weights"
+    weights = data.weight_by_event()
     warnings = []
     known = [kind for kind in count_by_kind if kind is not None]
     # Kinds are compared as the weights will be looked up.
@@ -69,8 +83,9 @@ def check_event_weights(rows: pa.Table, data: DataConfig) -> list[str]:
     others = {kind: count for kind, count in count_by_kind.items() if kind not in weights}
     if not others:
         return warnings
-    share = sum(others.values()) / len(rows)
-    listed = _list_kinds(others, len(rows))
+    total = sum(count_by_kind.values())
+    share = sum(others.values()) / total
+    listed = _list_kinds(others, total)
     # Where most rows have no weight, names are more likely misspelt than left out.
     if share > 0.5:
         raise ConfigError(

@@ -171,10 +171,10 @@ def load(folder: Path, config: Config, encoder: Encoder) -> PreparedData:
             f"{folder} holds other training rows than the encoder of the run was fitted on: it is "
             "the data of another run. Restore it, or train again in a new folder."
         )
-    tables = {name: _map_table(folder / f"{name}.arrow") for name in TABLES}
+    tables = {name: map_table(folder / f"{name}.arrow") for name in TABLES}
     tree: dict[str, Any] = {}
     for entry in manifest["arrays"]:
-        _put(tree, entry["path"], _map_array(folder / entry["file"], entry))
+        put(tree, entry["path"], _map_array(folder / entry["file"], entry))
     histories = _load_histories(tree.get("histories"), encoder)
     # Missing where the parts follow each other in the file.
     positions = tree.get("file_positions")
@@ -359,7 +359,7 @@ def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield (*path, name), value
 
 
-def _put(tree: dict[str, Any], path: list[str], array: np.ndarray) -> None:
+def put(tree: dict[str, Any], path: list[str], array: np.ndarray) -> None:
     """Puts an array into nested mappings, at a path of `_leaves`."""
     *above, name = path
     for key in above:
@@ -443,7 +443,8 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return values.take(pa.array(np.arange(len(values))))
 
 
-def _map_table(path: Path) -> pa.Table:
+def map_table(path: Path) -> pa.Table:
+    """Returns a table of a folder, mapped into memory."""
     # Mapped: columns that nothing reads never take memory.
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 

@@ -35,7 +35,7 @@ from twotower.pipeline.batches import windows
 # user who is served at the end of the log.
 KNOWN_PARTS = {"train": (0,), "validation": (0,), "test": (0, 1), "now": (0, 1, 2)}
 # Part of a split -> the events that it reads. Validation rows know what training rows know.
-_EVENTS_READ_BY = {"train": "train", "validation": "train", "test": "test"}
+EVENTS_READ_BY = {"train": "train", "validation": "train", "test": "test"}
 # Part of a split -> the events that hold its own rows too.
 _LEVEL_WITH = {"train": "train", "validation": "test", "test": "now"}
 
@@ -234,7 +234,7 @@ def build_histories(
     event_times = np.concatenate([np.zeros(0, np.int64), *times_of_levels])
     spans = {}
     first_row = 0
-    for number, (name, level) in enumerate(_EVENTS_READ_BY.items()):
+    for number, (name, level) in enumerate(EVENTS_READ_BY.items()):
         spans[name] = _spans_of_part(
             feature, rows, number, offsets[level], rows.count_earlier(level), event_times, first_row
         )
@@ -322,7 +322,7 @@ def _rows_by_user(
         time = time[order]
         is_same[1:] = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
     # Eight bytes an event that nothing would read.
-    if not _keeps_times(feature):
+    if not keeps_times(feature):
         time = None
     return _RowsByUser(order, part, user, is_same, time, columns)
 
@@ -345,7 +345,7 @@ def _order(user: np.ndarray, time: np.ndarray | None, raw: Split) -> np.ndarray:
     return order
 
 
-def _keeps_times(feature: HistoryFeature) -> bool:
+def keeps_times(feature: HistoryFeature) -> bool:
     """Returns whether the feature reads the times between events, or from one to the request."""
     return bool(feature.gaps or feature.request_gap)
 

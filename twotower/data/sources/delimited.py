@@ -32,6 +32,7 @@ _DELIMITERS = {r"\t": "\t", "tab": "\t", "space": " ", "whitespace": WHITESPACE}
 # Arrow knows delimiters of one character; ASCII's own field separator stands in for longer ones.
 _FIELD_SEPARATOR = "\x1f"
 _BOM = "\ufeff"
+_PIECE = 1 << 24  # bytes that are read at once, where a file is read in pieces
 _LONGEST_BLOCK = 1 << 30  # bytes; Arrow's blocks are below 2 GB
 _FEW_WIDTHS = 3  # numbers of fields that the bad rows of a table have
 _SHOWN = 80  # characters of a row that a message shows
@@ -100,6 +101,51 @@ def read(content: Content, config: TableConfig, name: str) -> Rows:
     rows = _with_bad_rows(Rows(table, names, content, form), bad, header, reading)
     _check_rows(rows, bad, name)
     return _without_marks(_without_repeated_headers(rows, name))
+
+
+def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[Rows]:
+    """Yields the rows of a file in pieces, as `read` reads them.
+
+    Args:
+        content: The file.
+        config: Configured form; bad rows are refused or skipped.
+        name: Name of the table in the configuration, for messages.
+
+    Raises:
+        ConfigError: Rows that cannot be told apart, with the line of the first of each kind.
+        pa.ArrowInvalid: The file is no such text.
+    """
+    form = find_form(content, config, name)
+    reading = _Reading(content, form, name)
+    header = reading.header()
+    names = [column.strip() for column in header]
+    _check_header(names, content.path, name)
+    first = 0
+    bad: list[csv.InvalidRow] = []
+    for table in reading.pieces(header, bad):
+        end = first + len(table)
+        own = []
+        # The reader is ahead: bad rows of later pieces may be known already.
+        for row, record in zip(bad, _records_of(bad, form), strict=True):
+            if record < end:
+                own.append(row)
+                end += 1
+        del bad[: len(own)]
+        skipped = _records_of(own, form)
+        good = np.delete(np.arange(first, end), skipped - first)
+        rows = Rows(table, names, content, form, good, skipped)
+        _check_rows(rows, own, name)
+        yield _without_marks(_without_repeated_headers(rows, name))
+        first = end
+    # Those behind the last good row.
+    if bad:
+        rows = Rows(_no_rows(names), names, content, form, skipped=_records_of(bad, form))
+        _check_rows(rows, bad, name)
+        yield rows
+
+
+def _no_rows(names: list[str]) -> pa.Table:
+    return pa.table({name: pa.array([], pa.string()) for name in names if name})
 
 
 def find_form(content: Content, config: TableConfig, name: str) -> TableConfig:
@@ -271,6 +317,25 @@ class _Reading:
         # The rows of the first try would be told twice.
         bad.clear()
         return self._read(header, bad, block_size=_LONGEST_BLOCK), bad
+
+    def pieces(self, header: list[str], bad: list[csv.InvalidRow]) -> Iterator[pa.Table]:
+        """Yields the rows that have as many fields as the header; the others are added to `bad`."""
+
+        def keep(row: csv.InvalidRow) -> str:
+            bad.append(row)
+            return "skip"
+
+        names = None
+        if self._form.names:
+            names = _arrow_names(header)
+        options = self._options(use_threads=False, names=names)
+        options["read_options"].block_size = _PIECE
+        options["parse_options"].invalid_row_handler = keep
+        text = self._as_text(header)
+        named = [column.strip() for column in header if column.strip()]
+        with csv.open_csv(self._input(), convert_options=text, **options) as reader:
+            for batch in reader:
+                yield pa.Table.from_batches([batch]).rename_columns(named)
 
     def padded(self, texts: list[str], header: list[str]) -> pa.Table:
         """Returns rows whose fields were completed, each from its text."""

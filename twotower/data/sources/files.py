@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import glob
 import os
 import re
@@ -26,6 +28,7 @@ from twotower.data.tables import Origin, keys_of, similar_name_hint
 
 # Options of `TableConfig` that files of text alone read.
 _OF_TEXT = ("names", "delimiter", "quoting", "comment", "skip_lines", "bad_rows", "encoding")
+_PIECE = 2**19  # rows of a Parquet file that are read at once
 _SHOWN = 5  # files, or columns, that a message shows
 _MATRIX = 20  # columns from which on numbers may be those of a matrix
 _ROWS = 50  # rows by which a matrix is told
@@ -74,10 +77,10 @@ def read_raw(
     """
     # All at once: types are decided over the whole table, not file by file.
     parts = []
-    paths = list(_find_event_files(config, name, kind))
+    paths = list(find_event_files(config, name, kind))
     for path, event in paths:
         part = read_file(path, config, name, kind)
-        parts.append(_with_event(part, event, name) if event else part)
+        parts.append(with_event(part, event, name) if event else part)
     files = _Files(parts)
     # Of all files together: an export of many days has days without events.
     if not sum(len(part.table) for part in parts):
@@ -221,8 +224,14 @@ class Part:
     rows: delimited.Rows | None = None
 
 
-def _find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tuple[Path, str]]:
-    """Yields each file of a table, with the kind of its events where the configuration has one."""
+def find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tuple[Path, str]]:
+    """Yields each file of a table, with the kind of its events where the configuration has one.
+
+    Args:
+        config: Paths of the files.
+        name: Name of the table in the configuration, for messages.
+        kind: Kind of the files of a folder.
+    """
     if not config.event_files:
         for path in find_files(config.path, name, kind):
             yield path, ""
@@ -231,7 +240,7 @@ def _find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tu
             yield path, event
 
 
-def _with_event(part: Part, event: str, name: str) -> Part:
+def with_event(part: Part, event: str, name: str) -> Part:
     if "event" in part.table.column_names:
         raise ConfigError(
             f"{name}: {part.path} has a column 'event' of its own: name its files in "
@@ -365,11 +374,9 @@ def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
         ConfigError: It cannot be read.
     """
     found = content.look(path, name, kind)
-    # Two common mistakes are recognised by Arrow's words, so that the message names a cure.
-    try:
+    with _explain_unreadable(found, config, name):
         if found.kind == "csv":
-            rows = delimited.read(found, config, name)
-            return Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}", rows)
+            return _text_part(path, delimited.read(found, config, name))
         _refuse_options_of_text(found, config, name)
         if found.kind == "json":
             table, place = json_files.read(found, config, name)
@@ -378,6 +385,53 @@ def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
             place = _row
         _check_text(table, found, name, place)
         return Part(path, found.kind, table, place)
+
+
+def read_pieces(path: Path, config: TableConfig, name: str, kind: Kind) -> Iterator[Part]:
+    """Yields the rows of one file in pieces, each as a part that names its rows as the file does.
+
+    Args:
+        path: Path of the file.
+        config: Form of its content.
+        name: Name of the table in the configuration, for messages.
+        kind: Kind of a file whose name and content do not tell.
+
+    Raises:
+        ConfigError: It cannot be read, or is of a kind that cannot be read in pieces.
+    """
+    found = content.look(path, name, kind)
+    with _explain_unreadable(found, config, name):
+        if found.kind == "csv":
+            for rows in delimited.read_pieces(found, config, name):
+                yield _text_part(path, rows)
+            return
+        _refuse_options_of_text(found, config, name)
+        if found.kind == "json" or found.data is not None or "=" in str(path.parent):
+            raise ConfigError(
+                f"{name}: {path} is no plain file of text or Parquet, and cannot be read in "
+                "pieces: --engine=memory reads it."
+            )
+        first = 0
+        with parquet.ParquetFile(path) as file:
+            _check_names(file.schema_arrow.names, path, name)
+            for batch in file.iter_batches(_PIECE):
+                table = pa.Table.from_batches([batch])
+                place = functools.partial(_row, first=first)
+                _check_text(table, found, name, place)
+                yield Part(path, "parquet", table, place)
+                first += len(table)
+
+
+def _text_part(path: Path, rows: delimited.Rows) -> Part:
+    return Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}", rows)
+
+
+@contextlib.contextmanager
+def _explain_unreadable(found: Content, config: TableConfig, name: str) -> Iterator[None]:
+    """Turns the errors of readers into one that names the file and a cure."""
+    # Two common mistakes are recognised by Arrow's words.
+    try:
+        yield
     except (pa.ArrowException, OSError, UnicodeError) as error:
         reason = str(error).rstrip(".")
         cure = ""
@@ -386,11 +440,11 @@ def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
         elif "UTF8" in reason or isinstance(error, UnicodeError):
             reason = content.bad_line(found, config.encoding) or reason
             cure = f"; set config.data.{name}.encoding, for example to 'latin-1'"
-        raise ConfigError(f"{name}: {path} cannot be read: {reason}{cure}.") from error
+        raise ConfigError(f"{name}: {found.path} cannot be read: {reason}{cure}.") from error
 
 
-def _row(row: int) -> str:
-    return f"row {row + 1}"
+def _row(row: int, first: int = 0) -> str:
+    return f"row {first + row + 1}"
 
 
 def _check_text(table: pa.Table, found: Content, name: str, place: Callable[[int], str]) -> None:
@@ -426,18 +480,21 @@ def _refuse_options_of_text(found: Content, config: TableConfig, name: str) -> N
 def _read_parquet(found: Content, name: str) -> pa.Table:
     source = found.path if found.data is None else pa.BufferReader(found.data)
     with parquet.ParquetFile(source) as file:
-        names = file.schema_arrow.names
-        # Arrow reads both, and fails only when one is looked up.
-        repeated = sorted({column for column in names if names.count(column) > 1})
-        if repeated:
-            raise ConfigError(
-                f"{name}: {found.path} has several columns named {repeated[0]!r}; names must "
-                f"differ. It has {names}."
-            )
+        _check_names(file.schema_arrow.names, found.path, name)
         if found.data is not None:
             return file.read()
     # By the path, whose folders may be partitions: day=1/part-0.parquet.
     return parquet.read_table(found.path)
+
+
+def _check_names(names: list[str], path: Path, name: str) -> None:
+    # Arrow reads both, and fails only when one is looked up.
+    repeated = sorted({column for column in names if names.count(column) > 1})
+    if repeated:
+        raise ConfigError(
+            f"{name}: {path} has several columns named {repeated[0]!r}; names must differ. It has "
+            f"{names}."
+        )
 
 
 def _concat(parts: list[Part], name: str, needed: set[str]) -> pa.Table:

@@ -219,7 +219,9 @@ def skipped_rows(tables: Sequence[RawTable]) -> list[Dropped]:
     for raw in tables:
         count = raw.origin.skipped
         if count:
-            reason = SKIPPED if raw.keys == KEYS else f"of {raw.name} {SKIPPED}"
+            reason = SKIPPED
+            if raw.keys != KEYS:
+                reason = f"of {raw.name} {SKIPPED}"
             total = len(raw.rows) + count
             notes.append(Dropped(reason, count, total, raw.origin.skipped_places))
     return notes

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
-from twotower.config import Config, TableConfig
+from twotower.config import Config
 from twotower.core.errors import ConfigError, choose
 from twotower.core.files import exclusive, explain_full_disk
-from twotower.data.dataset import Dropped
 from twotower.data.report import DataReport
-from twotower.data.sources.load import SKIPPED
 from twotower.pipeline import folder as data_folder
+from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
+from twotower.pipeline.engines.on_disk import prepare_on_disk
 from twotower.pipeline.prepare import prepare
 
-_TABLES = ("interactions", "user_table", "item_table", "validation", "test")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -94,39 +93,7 @@ def _prepare_in_memory(config: Config, folder: Path, memory: int, max_bad_rows: 
     data_folder.save(dataclasses.replace(prepared, config=config), folder)
 
 
-def with_bad_rows(config: Config, max_bad_rows: int | None) -> Config:
-    """Returns the configuration by which rows are read where some bad ones may be left out."""
-    if max_bad_rows is None:
-        return config
-    tables = {}
-    for name in _TABLES:
-        table: TableConfig = getattr(config.data, name)
-        if table.bad_rows == "refuse":
-            tables[name] = dataclasses.replace(table, bad_rows="skip")
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, **tables))
-
-
-def check_bad_rows(dropped: Iterable[Dropped], max_bad_rows: int | None) -> None:
-    """Refuses more bad rows than may be left out, with the first of them.
-
-    Args:
-        dropped: Notes on the rows that were left out.
-        max_bad_rows: Number that may be; None for any.
-
-    Raises:
-        ConfigError: There are more.
-    """
-    notes = [note for note in dropped if note.reason.endswith(SKIPPED)]
-    count = sum(note.rows for note in notes)
-    if max_bad_rows is None or count <= max_bad_rows:
-        return
-    places = [place for note in notes for place in note.places]
-    raise ConfigError(
-        f"{count:,} rows have other fields than the header, more than --max_bad_rows="
-        f"{max_bad_rows}: {'; '.join(places)}. Mend them, or allow more."
-    )
-
-
 _ENGINES: dict[str, Callable[[Config, Path, int, int | None], None]] = {
     "memory": _prepare_in_memory,
+    "duckdb": prepare_on_disk,
 }

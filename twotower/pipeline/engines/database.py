@@ -1,0 +1,115 @@
+"""A DuckDB database that keeps its rows on the disk, and its memory within a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.core.errors import ConfigError
+from twotower.core.install import extra
+from twotower.core.progress import progress
+
+if TYPE_CHECKING:
+    import duckdb
+
+# Rows that a query hands over at once.
+BLOCK = 2**19
+# Share of the memory that is DuckDB's own: the rest is for the blocks, and for all that is kept of
+# users and items.
+_SHARE = 0.4
+_FILE = "rows.duckdb"
+
+
+class Database:
+    """Tables of rows, and queries whose rows come in blocks.
+
+    Args:
+        connection: Connection to the database.
+    """
+
+    def __init__(self, connection: duckdb.DuckDBPyConnection):
+        self._connection = connection
+
+    def run(self, sql: str) -> None:
+        """Runs statements."""
+        # To its end: a connection does nothing else before.
+        self._connection.execute(sql).fetchall()
+
+    def insert(self, name: str, rows: pa.Table) -> None:
+        """Adds rows to a table, by the order of their columns."""
+        self._with_rows(rows, f"INSERT INTO {name} SELECT * FROM rows_of_arrow")
+
+    def create(self, name: str, rows: pa.Table) -> None:
+        """Makes a table of rows."""
+        self._with_rows(rows, f"CREATE TABLE {name} AS SELECT * FROM rows_of_arrow")
+
+    def _with_rows(self, rows: pa.Table, sql: str) -> None:
+        self._connection.register("rows_of_arrow", rows)
+        self.run(sql)
+        self._connection.unregister("rows_of_arrow")
+
+    def table(self, sql: str) -> pa.Table:
+        """Returns the rows of a query that are few."""
+        return self._connection.sql(sql).to_arrow_table()
+
+    def columns(self, sql: str) -> list[np.ndarray]:
+        """Returns the columns of a query that are few numbers."""
+        return [column.to_numpy() for column in self.table(sql).columns]
+
+    def value(self, sql: str) -> Any:
+        """Returns the one value of a query."""
+        ((value,),) = self._connection.execute(sql).fetchall()
+        return value
+
+    def blocks(self, sql: str, rows: int, what: str) -> Iterator[pa.Table]:
+        """Yields the rows of a query in blocks, in its order, and shows how far it has come.
+
+        Args:
+            sql: Query.
+            rows: Number of rows that it has.
+            what: Name of the work.
+        """
+        reader = self._connection.sql(sql).to_arrow_reader(BLOCK)
+        total = -(-rows // BLOCK)
+        for batch in progress(reader, total=total, what=what, seconds=10.0):
+            yield pa.Table.from_batches([batch])
+
+
+@contextlib.contextmanager
+def open_database(folder: Path, memory: int) -> Iterator[Database]:
+    """Opens a database in a folder, where it also puts what does not fit into memory.
+
+    Args:
+        folder: Folder of this machine.
+        memory: Memory of the whole process in bytes, of which DuckDB takes a part.
+
+    Raises:
+        ConfigError: DuckDB is not installed, or the memory is too little for it.
+    """
+    with extra("duckdb", "--engine=duckdb"):
+        import duckdb
+    settings = {
+        "memory_limit": f"{round(memory * _SHARE / 2**20)}MiB",
+        "temp_directory": str(folder / "spilled"),
+        # Where order matters, queries ask for it.
+        "preserve_insertion_order": False,
+        "threads": min(os.cpu_count() or 1, 8),
+    }
+    try:
+        with duckdb.connect(str(folder / _FILE), config=settings) as connection:
+            yield Database(connection)
+    except duckdb.OutOfMemoryException as error:
+        # A full disk is told as lack of memory too.
+        if re.search("max_temp_directory_size|No space left", str(error)):
+            raise OSError(f"No space left on device for {folder}: {error}") from error
+        reason = str(error).split("\n")[0]
+        raise ConfigError(
+            f"--memory={memory / 1e9:g}GB is too little for this log ({reason}): give more."
+        ) from error

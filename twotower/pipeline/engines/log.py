@@ -1,0 +1,395 @@
+"""Reads a log in pieces into a database, and gives its ids the codes that a log in memory has."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import Config, TableConfig
+from twotower.core.arrow import BadValue, join_chunks, plain_text
+from twotower.core.codes import codes_and_values, encode
+from twotower.core.errors import ConfigError
+from twotower.core.ids import IdForm, written_forms
+from twotower.data.contract import KEYS, Contract, Uses
+from twotower.data.dataset import Dataset, Dropped, collect_entities
+from twotower.data.filters import with_separator
+from twotower.data.matching import check_matches
+from twotower.data.operators import matches
+from twotower.data.sources import files
+from twotower.data.sources.content import Kind
+from twotower.data.sources.load import skipped_rows
+from twotower.data.tables import (
+    Origin,
+    RawTable,
+    log_column,
+    near_equal_ids,
+    read_tables,
+    read_uses,
+)
+from twotower.features.spec import FeatureSpec
+from twotower.pipeline.describe import list_separators
+from twotower.pipeline.engines.database import Database
+
+# Names of the source whose files are Parquet.
+PARQUET = ("parquet", "arrow", "pq")
+# File and line of bad rows that a report shows.
+_SHOWN = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """A log whose rows lie in the table `log` of a database.
+
+    That table has the columns position (in the source), u and i (codes of user and item), one for
+    each further column, and failed (number of the first condition of `config.data.where` that a row
+    does not satisfy).
+
+    Attributes:
+        dataset: The log but for its rows, of which there are none.
+        columns: Further column of the log -> its column in the database.
+        ids: "user_id" and "item_id" -> texts by code, in order of first appearance.
+    """
+
+    dataset: Dataset
+    columns: dict[str, str]
+    ids: dict[str, pa.Array]
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Schema of the rows, with ids as codes."""
+        return self.dataset.interactions.schema
+
+    def rows(self, block: pa.Table) -> pa.Table:
+        """Returns rows with our columns.
+
+        Args:
+            block: Columns u, i and those of `columns`, in that order.
+        """
+        arrays = []
+        for key, codes in zip(KEYS, block.columns, strict=False):
+            indices = join_chunks(codes.cast(pa.int32()))
+            arrays.append(pa.DictionaryArray.from_arrays(indices, self.ids[key]))
+        arrays += [join_chunks(column) for column in block.columns[len(KEYS) :]]
+        rows = pa.table(arrays, [*KEYS, *self.columns])
+        # In the order of the source; a type that the database has in another form is cast back.
+        return rows.select(self.schema.names).cast(self.schema)
+
+
+def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
+    """Reads the log of a configuration into the table `log` of a database.
+
+    Args:
+        database: Database, without tables.
+        config: Configuration of a run.
+        spec: Features of the run.
+
+    Raises:
+        ConfigError: The data cannot be read, or can only be a mistake.
+    """
+    uses = spec.uses()
+    reader = _Reader(database, config, uses, list_separators(spec))
+    reader.read()
+    forms = {}
+    written = {}
+    distinct = {}
+    for key, column in zip(KEYS, ("u", "i"), strict=True):
+        distinct[key] = database.table(
+            f"SELECT {column} AS id, min(position) AS first FROM raw WHERE {column} IS NOT NULL "
+            "GROUP BY id ORDER BY first"
+        )
+        forms[key] = IdForm.find(distinct[key]["id"])
+        written[key] = written_forms(distinct[key]["id"])
+    contract = Contract(**forms, time=reader.contract.time, written=written)
+    sides = _side_tables(config, reader.kind)
+    _, tables, contract = read_tables([], sides, uses, contract)
+    contract = dataclasses.replace(
+        contract, columns={**contract.columns, **reader.contract.columns}
+    )
+    ids = {}
+    for key, name in zip(KEYS, ("users", "items"), strict=True):
+        ids[key] = _code(database, name, reader, contract, key, distinct.pop(key))
+    dropped = _join_codes(database, list(reader.columns.values()))
+    by_name = {raw.name: table for raw, table in zip(sides, tables, strict=True)}
+    notes: list[Dropped] = []
+    found = []
+    entities = {}
+    for key, name in zip(KEYS, ("user_table", "item_table"), strict=True):
+        of_log = pa.chunked_array([_ids_of_log(database, key, ids[key])])
+        side = "user" if key == "user_id" else "item"
+        entities[key] = collect_entities(by_name.get(name), of_log, side, notes, found)
+    check_matches(found, config.data.accept)
+    warnings = []
+    for key, table in entities.items():
+        if forms[key] is IdForm.TEXT:
+            warnings += near_equal_ids(table[key], "user" if key == "user_id" else "item")
+    skipped = skipped_rows(sides)
+    if reader.skipped is not None:
+        skipped = [reader.skipped, *skipped]
+    schema = _schema(reader.schema, ids)
+    dataset = Dataset(
+        interactions=schema.empty_table(),
+        users=entities["user_id"],
+        items=entities["item_id"],
+        has_catalogue="item_table" in by_name,
+        dropped=(*skipped, *dropped, *notes),
+        matches=tuple(found),
+        warnings=tuple(warnings),
+        contract=contract,
+    )
+    return Log(dataset, reader.columns, ids)
+
+
+class _Reader:
+    """The rows of the log, on their way from the files to the table `raw`.
+
+    Attributes:
+        kind: Kind of files whose name does not tell.
+        contract: Forms of the times, and of the columns that are used as numbers.
+        schema: Schema of the rows under our names, with ids as the files have them.
+        columns: Column that is no id -> its column in the database.
+        skipped: Note on the rows that were left out; None where there are none.
+    """
+
+    def __init__(self, database: Database, config: Config, uses: Uses, separators: dict[str, str]):
+        data = config.data
+        path = data.path or data.interactions.path
+        self._database = database
+        self._config = dataclasses.replace(data.interactions, path=path)
+        self.kind: Kind = "csv"
+        if data.source in PARQUET:
+            self.kind = "parquet"
+        self._uses = uses
+        self._where = []
+        for number, condition in enumerate(data.where):
+            field = f"config.data.where[{number}]={condition!r}"
+            self._where.append((with_separator(condition, field, separators), field))
+        # Row of the log at which each file begins, and its path.
+        self._files: list[tuple[int, str]] = []
+        self._rows = 0
+        self.contract = Contract()
+        self.schema: pa.Schema = pa.schema([])
+        self.columns: dict[str, str] = {}
+        self.skipped: Dropped | None = None
+
+    def read(self) -> None:
+        """Reads all files.
+
+        Raises:
+            ConfigError: They cannot be read, or have no rows.
+        """
+        skipped = 0
+        places: list[str] = []
+        for path, event in files.find_event_files(self._config, "interactions", self.kind):
+            self._files.append((self._rows, str(path)))
+            for part in files.read_pieces(path, self._config, "interactions", self.kind):
+                if part.rows is not None and len(part.rows.skipped):
+                    skipped += len(part.rows.skipped)
+                    lines = part.rows.skipped_lines(_SHOWN - len(places))
+                    places += [f"{path}, line {line}" for line in lines]
+                if event:
+                    part = files.with_event(part, event, "interactions")
+                if len(part.table):
+                    self._add(part)
+        if not self._rows:
+            raise ConfigError(
+                f"interactions: {self._config.path} has no rows; config.data.interactions.path "
+                "must name a file with data."
+            )
+        if skipped:
+            self.skipped = note_skipped(skipped, self._rows, places)
+
+    def place(self, position: int) -> str:
+        """Returns file and row of a position in the log."""
+        first, path = next(file for file in reversed(self._files) if file[0] <= position)
+        return f"{path}, row {position - first + 1}"
+
+    def raw(self, rows: pa.Table, describe_row: functools.partial | None = None) -> RawTable:
+        """Returns rows as those of the table of the log."""
+        name = self._files[-1][1]
+        origin = Origin(name, describe_row or self.place, is_typed=self.kind != "csv")
+        return RawTable(rows, self._config, "interactions", origin)
+
+    def _add(self, part: files.Part) -> None:
+        describe = functools.partial(_place, part)
+        raw = self.raw(part.table, describe).with_our_names()
+        rows, self.contract = _typed(raw, self._uses, self.contract)
+        failed = _first_failed(rows, self._where)
+        if not self._rows:
+            self._begin(rows)
+        rows = self._as_known(rows)
+        numbers = pa.array(np.arange(self._rows, self._rows + len(rows)))
+        keys = [rows[key] for key in KEYS]
+        others = [rows[name] for name in self.columns]
+        names = ["position", "u", "i", *self.columns.values(), "failed"]
+        block = pa.table([numbers, *keys, *others, pa.array(failed)], names)
+        if not self._rows:
+            self._database.create("raw", block)
+        else:
+            self._database.insert("raw", block)
+        self._rows += len(rows)
+
+    def _begin(self, rows: pa.Table) -> None:
+        self.schema = rows.schema
+        others = [name for name in rows.column_names if name not in KEYS]
+        # Names of their own: those of the files may differ by their case alone.
+        self.columns = {name: f"c{number}" for number, name in enumerate(others)}
+        if "timestamp" not in self.columns:
+            raise ConfigError(
+                "config.data.interactions: the log has no column 'timestamp', without which "
+                "--engine=duckdb does not order it: use --engine=memory."
+            )
+
+    def _as_known(self, rows: pa.Table) -> pa.Table:
+        """Returns rows with the columns and types of those before."""
+        if rows.schema.equals(self.schema):
+            return rows
+        if rows.column_names != self.schema.names:
+            raise ConfigError(
+                f"interactions: {self._files[-1][1]} has the columns "
+                f"{', '.join(rows.column_names)}, and the files before {', '.join(self.columns)}: "
+                "use --engine=memory, which fills what is missing."
+            )
+        for name in rows.column_names:
+            before = self.schema.field(name).type
+            now = rows[name].type
+            if {before, now} != {pa.int64(), pa.float64()} and before != now:
+                raise ConfigError(
+                    f"interactions: the column {name!r} is {now} in {self._files[-1][1]}, and "
+                    f"{before} in the files before: write it with one type, or use --engine=memory."
+                )
+            # Whole numbers until the first that is none.
+            if before == pa.int64() and now == pa.float64():
+                column = self.columns[name]
+                self._database.run(f"ALTER TABLE raw ALTER {column} TYPE DOUBLE")
+                number = self.schema.names.index(name)
+                self.schema = self.schema.set(number, pa.field(name, now))
+        return rows.cast(self.schema)
+
+
+def note_skipped(count: int, rows: int, places: Sequence[str]) -> Dropped:
+    """Returns the note on rows of the log that were left out when it was read."""
+    origin = Origin("", str, is_typed=False, skipped=count, skipped_places=tuple(places))
+    table = pa.table({"row": pa.nulls(rows)})
+    (note,) = skipped_rows([RawTable(table, TableConfig(), "interactions", origin)])
+    return note
+
+
+def _place(part: files.Part, row: int) -> str:
+    return f"{part.path}, {part.place(row)}"
+
+
+def _typed(raw: RawTable, uses: Uses, contract: Contract) -> tuple[pa.Table, Contract]:
+    """Returns rows of the log with our types but for their ids, and the contract with its forms."""
+    contract = dataclasses.replace(contract, time=raw.time)
+    typed = {}
+    for name in raw.rows.column_names:
+        values = plain_text(raw.rows[name])
+        if name not in KEYS:
+            try:
+                values = log_column(name, values, contract, raw)
+            except BadValue as error:
+                raise raw.refusal(error, name) from None
+        typed[name] = values
+    table, contract = read_uses(pa.table(typed), "user", uses, contract, raw)
+    return read_uses(table, "log", uses, contract, raw)
+
+
+def _first_failed(rows: pa.Table, conditions: Sequence[tuple[tuple, str]]) -> np.ndarray:
+    """Returns the number of the first condition that each row fails, int16 [N]; the number of
+    conditions where it fails none."""
+    failed = np.full(len(rows), len(conditions), np.int16)
+    # Backwards, so that the first one is written last.
+    for number, (condition, field) in reversed(list(enumerate(conditions))):
+        failed[~np.asarray(matches(rows, condition, field=field))] = number
+    return failed
+
+
+def _side_tables(config: Config, kind: Kind) -> list[RawTable]:
+    """Returns the tables of users and items, which fit into memory."""
+    tables = []
+    for name in ("user_table", "item_table"):
+        options: TableConfig = getattr(config.data, name)
+        if options.path or options.event_files:
+            rows, origin = files.read(options, name, kind=kind)
+            tables.append(RawTable(rows, options, name, origin))
+    return tables
+
+
+def _code(
+    database: Database,
+    name: str,
+    reader: _Reader,
+    contract: Contract,
+    key: str,
+    distinct: pa.Table,
+) -> pa.Array:
+    """Makes a table of the codes of ids as the source writes them.
+
+    Args:
+        database: Database to make it in.
+        name: Name of the table.
+        reader: Reader of the log, for messages.
+        contract: Form of the ids.
+        key: "user_id" or "item_id".
+        distinct: Distinct ids of the source and their first position, in the order of that.
+
+    Returns:
+        Texts by code.
+    """
+    raw = reader.raw(distinct)
+    try:
+        texts = contract.ids(key, distinct["id"])
+    except BadValue as error:
+        if error.row is not None:
+            error.row = distinct["first"][error.row].as_py()
+        raise raw.refusal(error, key) from None
+    # Of several spellings of an id the first decides its code, as in a log in memory.
+    codes, values = codes_and_values(encode(texts))
+    rows = pa.table({"id": distinct["id"], "code": pa.array(codes, mask=codes < 0)})
+    database.create(name, rows)
+    return values
+
+
+def _join_codes(database: Database, columns: Sequence[str]) -> list[Dropped]:
+    """Makes the table `log` of `raw`, and returns notes on the rows without ids."""
+    others = "".join(f"{column}, " for column in columns)
+    database.run(
+        f"CREATE TABLE log AS SELECT position, users.code AS u, items.code AS i, {others} failed "
+        "FROM raw LEFT JOIN users ON raw.u = users.id LEFT JOIN items ON raw.i = items.id"
+    )
+    database.run("DROP TABLE raw; DROP TABLE users; DROP TABLE items")
+    total = database.value("SELECT count(*) FROM log")
+    dropped = []
+    for column, key in (("u", "user_id"), ("i", "item_id")):
+        before = database.value("SELECT count(*) FROM log")
+        missing = database.value(f"SELECT count(*) FROM log WHERE {column} IS NULL")
+        if missing:
+            dropped.append(Dropped(f"without {key}", missing, before))
+            database.run(f"DELETE FROM log WHERE {column} IS NULL")
+    if not database.value("SELECT count(*) FROM log"):
+        raise ConfigError(
+            f"interactions: none of {total} rows has both a user_id and an item_id; check "
+            "config.data.interactions.columns, which maps them to columns of the file."
+        )
+    return dropped
+
+
+def _ids_of_log(database: Database, key: str, values: pa.Array) -> pa.Array:
+    """Returns the ids that rows of the log have, in order of first appearance."""
+    column = "u" if key == "user_id" else "i"
+    codes = database.table(
+        f"SELECT {column} AS code, min(position) AS first FROM log GROUP BY code ORDER BY first"
+    )
+    return values.take(join_chunks(codes["code"]))
+
+
+def _schema(schema: pa.Schema, ids: dict[str, pa.Array]) -> pa.Schema:
+    """Returns the schema of the rows with codes in the place of ids."""
+    for key, values in ids.items():
+        coded = pa.dictionary(pa.int32(), values.type)
+        schema = schema.set(schema.names.index(key), pa.field(key, coded))
+    return schema

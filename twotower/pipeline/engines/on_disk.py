@@ -1,0 +1,464 @@
+"""The engine "duckdb": prepares a log that is larger than memory.
+
+Rows lie in a database and in the files of the folder, and pass through memory in blocks. What is
+kept in memory is of users and items: their tables, vocabularies and counts. Columns of the log that
+a feature reads (the context of a query) are fitted as a whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import Config
+from twotower.core.arrays import index_type
+from twotower.core.codes import codes_and_values, positions
+from twotower.core.errors import ConfigError
+from twotower.core.fields import check_fields
+from twotower.core.files import discard
+from twotower.core.progress import progress
+from twotower.data.interactions import PARTS
+from twotower.data.sources.load import describes_items
+from twotower.features.encoder import Encoder
+from twotower.features.fit import fit_encoder
+from twotower.features.history import log_weights
+from twotower.features.inputs import HISTORY_WEIGHT
+from twotower.features.spec import FeatureSpec, load_spec
+from twotower.pipeline import folder as data_folder
+from twotower.pipeline.batches import Rows
+from twotower.pipeline.describe import describe_numbers, refuse_one_id
+from twotower.pipeline.engines.arrays import ArrayFile
+from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
+from twotower.pipeline.engines.database import BLOCK, Database, open_database
+from twotower.pipeline.engines.events import (
+    EventBlock,
+    HistoryFiles,
+    history_shapes,
+    write_histories,
+)
+from twotower.pipeline.engines.log import PARQUET, Log, read_log
+from twotower.pipeline.engines.rows import SqlNumbers, filter_log, split_log
+from twotower.pipeline.event_weights import (
+    check_event_weights,
+    check_kinds,
+    with_event_weights,
+)
+from twotower.pipeline.labels import label_columns
+from twotower.pipeline.prepare import columns_of_users, encode_rows
+
+# Names of the source whose files are text.
+_TEXT = ("csv", "tsv", "text", "file")
+# Folder inside the prepared one for what is on the disk meanwhile.
+SCRATCH = ".preparing"
+
+
+def prepare_on_disk(
+    config: Config, folder: Path, memory: int, max_bad_rows: int | None = None
+) -> None:
+    """Prepares a log into a folder, of whose rows only blocks are in memory.
+
+    Args:
+        config: Configuration whose data, split, features and labels are prepared.
+        folder: Folder to write to, which is not whole.
+        memory: Memory in bytes that the process keeps to, as long as users and items leave room.
+        max_bad_rows: Number of rows with other fields than the header that may be left out; None
+            for what `bad_rows` of the tables says.
+
+    Raises:
+        ConfigError: The data cannot be used, or an option is not done here.
+        OSError: The disk is full.
+    """
+    spec = with_event_weights(load_spec(config.features), config)
+    _check_supported(config, spec)
+    scratch = folder / SCRATCH
+    discard(scratch)
+    _clear(folder)
+    scratch.mkdir(parents=True)
+    try:
+        with open_database(scratch, memory) as database:
+            parts = _read(database, config, spec, folder, max_bad_rows)
+        _encode(parts, config, spec, folder, scratch, memory)
+    finally:
+        discard(scratch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Divided:
+    """A log whose parts are tables in the folder.
+
+    Attributes:
+        log: The log, with its items restricted to the corpus.
+        sizes: Rows of each part.
+        user_rows: Row of the users table of each code, int32.
+        item_rows: Row of the corpus of each code, -1 outside of it, int32.
+        user_counts: Rows of each user in each part, int64 [3, U], by row of the users table.
+    """
+
+    log: Log
+    sizes: list[int]
+    user_rows: np.ndarray
+    item_rows: np.ndarray
+    user_counts: np.ndarray
+
+
+def _check_supported(config: Config, spec: FeatureSpec) -> None:
+    """Refuses what rows in memory alone have.
+
+    Raises:
+        ConfigError: An option is not done here; the message names it.
+    """
+    data = config.data
+    undone = {
+        f"data.source={data.source!r}": data.source not in (*_TEXT, *PARQUET),
+        f"data.item_group={data.item_group!r}": bool(data.item_group),
+        f"data.item_table.path={data.item_table.path!r}, the file of the log": describes_items(
+            data
+        ),
+        f"data.validation.path={data.validation.path!r}": bool(data.validation.path),
+        f"data.test.path={data.test.path!r}": bool(data.test.path),
+        "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
+        f"split.kind={config.split.kind!r}": config.split.kind not in ("time", "none"),
+        f"split.validation_by={config.split.validation_by!r}": config.split.validation_by != "kind",
+    }
+    for column, field in label_columns(config.objective).items():
+        undone[f"{field.removeprefix('config.')}={column!r}"] = True
+    for condition in data.where:
+        if condition and condition[0] in ("user_id", "item_id"):
+            undone[f"data.where={condition!r}"] = True
+    for use in spec.uses().get("user", {}).values():
+        # The form of such times is found on the whole column.
+        undone[f"{use.field}, which reads times of text"] = use.kind == "time" and not use.time
+    for words, is_undone in undone.items():
+        if is_undone:
+            raise ConfigError(
+                f"config.{words} is not done by --engine=duckdb: use --engine=memory."
+            )
+
+
+def _clear(folder: Path) -> None:
+    """Deletes the files that a preparation which was stopped has left."""
+    for path in folder.glob("*"):
+        if re.fullmatch(r"\d{3,}\.npy|\w+\.arrow|report\.json|encoder|\..*\.tmp", path.name):
+            discard(path)
+
+
+def _read(
+    database: Database,
+    config: Config,
+    spec: FeatureSpec,
+    folder: Path,
+    max_bad_rows: int | None,
+) -> _Divided:
+    """Reads, filters, divides and describes the log, and writes its tables."""
+    log = read_log(database, with_bad_rows(config, max_bad_rows), spec)
+    check_bad_rows(log.dataset.dropped, max_bad_rows)
+    log = filter_log(database, log, config.data)
+    split_log(database, log, config.split)
+    numbers = SqlNumbers(database, log, config)
+    log = _checked(log, numbers, config)
+    dataset = log.dataset
+    if not dataset.has_catalogue:
+        # Training rows alone: an item that test rows bring could not have been recommended.
+        is_trained = numbers.item_counts[0] > 0
+        code = positions(dataset.items["item_id"], log.ids["item_id"])
+        items = dataset.items.filter(pa.array(is_trained[code]))
+        dataset = dataclasses.replace(dataset, items=items)
+        log = dataclasses.replace(log, dataset=dataset)
+    check_fields(
+        dict.fromkeys(config.retrieval.display),
+        dataset.items.column_names,
+        "config.retrieval.display: the items table",
+    )
+    user_rows = positions(pa.chunked_array([log.ids["user_id"]]), dataset.users["user_id"])
+    item_rows = positions(pa.chunked_array([log.ids["item_id"]]), dataset.items["item_id"])
+    numbers.user_rows = user_rows
+    numbers.item_rows = item_rows
+    user_counts = np.zeros((3, len(dataset.users)), np.int64)
+    has_row = user_rows >= 0
+    user_counts[:, user_rows[has_row]] = numbers.user_counts[:, has_row]
+    _write_tables(database, log, numbers.part_rows, folder)
+    train = data_folder.map_table(folder / data_folder.table_file("train"))
+    report = describe_numbers(config, spec, dataset, numbers, train)
+    report.save(folder)
+    return _Divided(log, numbers.part_rows, user_rows, item_rows, user_counts)
+
+
+def _checked(log: Log, numbers: SqlNumbers, config: Config) -> Log:
+    """Refuses rows that can only be a mistake; returns the log with what was found odd."""
+    for key, count in (("user_id", numbers.num_users), ("item_id", numbers.num_items)):
+        if count == 1:
+            counts = numbers.user_counts if key == "user_id" else numbers.item_counts
+            code = int(counts.sum(axis=0).argmax())
+            value = log.ids[key][code].as_py()
+            side = key.removesuffix("_id")
+            refuse_one_id(side, value, numbers.num_rows, config.data.accept)
+    if not config.data.event_weights:
+        return log
+    # Refused where there are no kinds at all.
+    check_event_weights(log.schema.empty_table().select(log.schema.names), config.data)
+    warnings = check_kinds(numbers.count_kinds(), config.data)
+    dataset = log.dataset
+    dataset = dataclasses.replace(dataset, warnings=(*dataset.warnings, *warnings))
+    return dataclasses.replace(log, dataset=dataset)
+
+
+def _write_tables(database: Database, log: Log, sizes: list[int], folder: Path) -> None:
+    """Writes the tables of the folder, and beside each part the positions of its rows."""
+    for name, table in (("users", log.dataset.users), ("items", log.dataset.items)):
+        path = folder / data_folder.table_file(name)
+        with data_folder.TableWriter(path, table.schema) as writer:
+            writer.write(table)
+    others = "".join(f", {column}" for column in log.columns.values())
+    first = 0
+    total = sum(sizes)
+    writers = []
+    places = []
+    for part in PARTS:
+        path = folder / data_folder.table_file(part)
+        writers.append(data_folder.TableWriter(path, log.schema))
+        places.append(open(folder / SCRATCH / f"{part}.positions", "wb"))
+    sql = f"SELECT u, i{others}, part FROM divided ORDER BY position"
+    for block in database.blocks(sql, total, "writing rows"):
+        number = block["part"].to_numpy()
+        rows = log.rows(block.drop_columns(["part"]))
+        for part, (writer, file) in enumerate(zip(writers, places, strict=True)):
+            of_part = np.flatnonzero(number == part)
+            if len(of_part):
+                writer.write(rows.take(pa.array(of_part)))
+                (first + of_part).astype(index_type(total)).tofile(file)
+        first += len(rows)
+    for writer, file in zip(writers, places, strict=True):
+        writer.__exit__(None, None, None)
+        file.close()
+
+
+def _encode(
+    parts: _Divided,
+    config: Config,
+    spec: FeatureSpec,
+    folder: Path,
+    scratch: Path,
+    memory: int,
+) -> None:
+    """Fits the encoder to the training rows of the folder, and writes its arrays."""
+    dataset = parts.log.dataset
+    users = dataset.users
+    items = dataset.items
+    train = data_folder.map_table(folder / data_folder.table_file("train"))
+    encoder = fit_encoder(spec, train, users=users, items=items)
+    encoder = dataclasses.replace(encoder, contract=dataset.contract)
+    empty = train.slice(0, 0)
+    del train
+    encoder.save(folder / "encoder")
+    features = {
+        "user": encoder.encode("user", users, columns_of_users(encoder)),
+        "item": encoder.encode("item", items),
+    }
+    tree = _array_shapes(parts, config, encoder, features, empty)
+    described = data_folder.describe_arrays(tree)
+    files: dict[str, Any] = {}
+    for entry in described:
+        file = ArrayFile(folder / entry["file"], np.dtype(entry["dtype"]), entry["shape"])
+        data_folder.put(files, list(entry["path"]), file)
+    for side, arrays in features.items():
+        for name, values in arrays.items():
+            files["features"][side][name].append(values)
+    with open_database(scratch, memory) as database:
+        _write_rows(database, parts, config, encoder, files, folder)
+        if encoder.spec.history is not None:
+            _write_events(database, parts, encoder, files["histories"], scratch)
+    for file in _files(files):
+        file.close()
+    data_folder.finish(
+        folder,
+        config,
+        encoder,
+        rows=dict(zip(PARTS, parts.sizes)),
+        arrays=described,
+        has_catalogue=dataset.has_catalogue,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """Type and shape of an array."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def _array_shapes(
+    parts: _Divided,
+    config: Config,
+    encoder: Encoder,
+    features: Mapping[str, Mapping[str, np.ndarray]],
+    empty: pa.Table,
+) -> dict[str, Any]:
+    """Returns type and shape of all arrays, in the order in which a folder has them."""
+    nobody = np.zeros(0, np.int32)
+    event_weights = config.data.weight_by_event()
+    rows = encode_rows(empty, nobody, nobody, encoder, {}, event_weights)
+    # Of no row it cannot be told whether rows have times; these have.
+    rows = dataclasses.replace(rows, timestamp=np.zeros(0, np.int64))
+    tree: dict[str, Any] = {"features": features}
+    for name, size in zip(PARTS, parts.sizes, strict=True):
+        tree[name] = _sized(_leaves_of(rows), size)
+        if not size:
+            tree[name].pop("timestamp")
+    position = np.zeros(0, index_type(sum(parts.sizes)))
+    tree["file_positions"] = {
+        name: _Shape(position.dtype, (size,)) for name, size in zip(PARTS, parts.sizes)
+    }
+    feature = encoder.spec.history
+    if feature is not None:
+        events = {f"{feature.name}/{feature.reads[0]}": np.dtype(np.int32)}
+        if feature.is_weighted:
+            events[HISTORY_WEIGHT] = np.dtype(np.float32)
+        num_users = len(parts.log.dataset.users)
+        shapes = history_shapes(feature, events, num_users, parts.sizes)
+        tree["histories"] = _shaped(shapes)
+    return tree
+
+
+def _leaves_of(rows: Rows) -> dict[str, Any]:
+    return vars(rows) | {"context": dict(rows.context), "labels": dict(rows.labels)}
+
+
+def _sized(tree: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """Returns type and shape of arrays as they are of `size` rows."""
+    sized = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            sized[name] = _sized(value, size)
+        else:
+            sized[name] = _Shape(value.dtype, (size, *value.shape[1:]))
+    return sized
+
+
+def _shaped(tree: Mapping[str, Any]) -> dict[str, Any]:
+    shaped = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            shaped[name] = _shaped(value)
+        else:
+            shaped[name] = _Shape(*value)
+    return shaped
+
+
+def _files(tree: Mapping[str, Any]) -> Iterator[ArrayFile]:
+    for value in tree.values():
+        if isinstance(value, ArrayFile):
+            yield value
+        else:
+            yield from _files(value)
+
+
+def _write_rows(
+    database: Database,
+    parts: _Divided,
+    config: Config,
+    encoder: Encoder,
+    files: Mapping[str, Any],
+    folder: Path,
+) -> None:
+    """Writes the arrays of the rows of all parts, and makes the table `events` of them."""
+    feature = encoder.spec.history
+    event_weights = config.data.weight_by_event()
+    item_ids = parts.log.ids["item_id"]
+    vocabulary_rows = np.zeros(0, np.int32)
+    if feature is not None:
+        vocabulary = encoder.fitted["user", feature.name].require_vocabulary()
+        vocabulary_rows = vocabulary.rows(item_ids)
+        number = "BIGINT" if sum(parts.sizes) >= 2**31 else "INTEGER"
+        database.run(
+            f"CREATE TABLE events (u INTEGER, t BIGINT, joined {number}, item INTEGER, w FLOAT)"
+        )
+    joined = 0
+    for part, size in zip(PARTS, parts.sizes, strict=True):
+        path = folder / data_folder.table_file(part)
+        blocks = _blocks_of_file(path)
+        total = -(-size // BLOCK)
+        arrays = files[part]
+        for rows in progress(blocks, total=total, what=f"encoding {part}", seconds=10.0):
+            user = parts.user_rows[codes_and_values(rows["user_id"])[0]]
+            item_codes, _ = codes_and_values(rows["item_id"])
+            item = parts.item_rows[item_codes]
+            encoded = encode_rows(rows, user, item, encoder, {}, event_weights)
+            _append(arrays, _leaves_of(encoded))
+            if feature is not None:
+                time = encoded.timestamp
+                weights = _log_weights(encoder, rows, time)
+                columns = [user, time, joined + np.arange(len(rows)), vocabulary_rows[item_codes]]
+                names = ["u", "t", "joined", "item", "w"]
+                database.insert("events", pa.table([*map(pa.array, columns), weights], names))
+            joined += len(rows)
+        positions_file = folder / SCRATCH / f"{part}.positions"
+        dtype = files["file_positions"][part].dtype
+        with positions_file.open("rb") as file:
+            while len(values := np.fromfile(file, dtype, BLOCK)):
+                files["file_positions"][part].append(values)
+
+
+def _log_weights(encoder: Encoder, rows: pa.Table, time: np.ndarray | None) -> pa.Array:
+    """Returns the logs of the weights of rows as events; null where they have none."""
+    feature = encoder.spec.history
+    assert feature is not None
+    if not feature.is_weighted:
+        return pa.nulls(len(rows), pa.float32())
+    events = rows["event"] if "event" in rows.column_names else None
+    fitted = encoder.fitted["user", feature.name]
+    return pa.array(log_weights(feature, fitted, len(rows), events, time))
+
+
+def _append(files: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
+    for name, value in arrays.items():
+        if isinstance(value, Mapping):
+            _append(files.get(name, {}), value)
+        elif value is not None:
+            files[name].append(value)
+
+
+def _blocks_of_file(path: Path) -> Iterator[pa.Table]:
+    """Yields the rows of a table of the folder, read and not mapped."""
+    with pa.OSFile(str(path)) as file:
+        reader = pa.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            for start in range(0, len(batch), BLOCK):
+                yield pa.Table.from_batches([batch.slice(start, BLOCK)])
+
+
+def _write_events(
+    database: Database,
+    parts: _Divided,
+    encoder: Encoder,
+    files: Mapping[str, Any],
+    scratch: Path,
+) -> None:
+    """Writes the histories of all rows."""
+    feature = encoder.spec.history
+    assert feature is not None
+    total = sum(parts.sizes)
+    # Joined rows of one user and time are in the order of the file.
+    sql = "SELECT u, t, joined, item, w FROM events ORDER BY u, t, joined"
+    blocks = database.blocks(sql, total, "histories")
+    write_histories(
+        _event_blocks(blocks, list(files["events"])[: 2 if feature.is_weighted else 1]),
+        HistoryFiles(**files),
+        feature,
+        parts.user_counts,
+        parts.sizes,
+        scratch / "spans",
+    )
+
+
+def _event_blocks(blocks: Iterator[pa.Table], names: list[str]) -> Iterator[EventBlock]:
+    for block in blocks:
+        user, time, joined, *events = [column.to_numpy() for column in block.columns]
+        yield EventBlock(user, time, joined, dict(zip(names, events, strict=False)))

@@ -1,0 +1,321 @@
+"""Filters and divides the rows of a log in a database, and counts them."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import Config, DataConfig, SplitConfig
+from twotower.core.arrow import pc
+from twotower.core.times import DAY, EARLIEST, format_time
+from twotower.data.dataset import Dropped
+from twotower.data.filters import describe_absent_values, no_rows_left
+from twotower.data.interactions import missing_times
+from twotower.data.report import HeldOut
+from twotower.data.split import check_parts, held_out_counts, is_enough, undivided
+from twotower.data.tables import time_out_of_range
+from twotower.pipeline.describe import SAMPLE
+from twotower.pipeline.engines.database import Database
+from twotower.pipeline.engines.log import Log
+
+# Ranges of time that rows are counted by, to find the moment at which a share of them begins.
+_RANGES = 2**20
+# More than any position: time and position of a row in one number.
+_POSITIONS = 2**44
+
+
+def filter_log(database: Database, log: Log, config: DataConfig) -> Log:
+    """Applies the filters of a configuration to the rows of a log.
+
+    Args:
+        database: Rows of the log.
+        log: The log.
+        config: Options of the data.
+
+    Raises:
+        ConfigError: No row is left, or the times of those that are cannot be right.
+    """
+    warnings = []
+    for condition in config.where:
+        column = log.columns[condition[0]]
+        values = database.table(
+            f"SELECT {column} AS value, min(position) AS first FROM log GROUP BY value "
+            "ORDER BY first"
+        )
+        known = pa.table({condition[0]: values["value"]})
+        warnings += describe_absent_values(known, [condition])
+    dropped = []
+    for number, condition in enumerate(config.where):
+        sql = f"DELETE FROM log WHERE failed = {number}"
+        dropped.append(_drop(database, f"where {condition!r}", sql))
+    if config.duplicates != "all":
+        first = "min" if config.duplicates == "first" else "max"
+        moment = f"({log.columns['timestamp']}::HUGEINT * {_POSITIONS} + position)"
+        sql = (
+            f"DELETE FROM log WHERE {moment} NOT IN "
+            f"(SELECT {first}({moment}) FROM log GROUP BY u, i)"
+        )
+        _check_times(database, log)
+        dropped.append(_drop(database, f"duplicates={config.duplicates!r}", sql))
+    dataset = log.dataset
+    if config.k_core:
+        dropped.append(_drop_to_core(database, config.k_core))
+    if not database.value("SELECT count(*) FROM log"):
+        raise no_rows_left(dropped, warnings)
+    if config.k_core:
+        dataset = dataclasses.replace(
+            dataset,
+            users=_with_rows(database, "u", dataset.users, log.ids["user_id"]),
+            items=_with_rows(database, "i", dataset.items, log.ids["item_id"]),
+        )
+    dataset = dataclasses.replace(
+        dataset,
+        dropped=(*dataset.dropped, *dropped),
+        warnings=(*dataset.warnings, *warnings),
+    )
+    _check_times(database, log)
+    _check_time_range(database, log, config.accept)
+    return dataclasses.replace(log, dataset=dataset)
+
+
+def _drop(database: Database, name: str, sql: str) -> Dropped:
+    before = database.value("SELECT count(*) FROM log")
+    database.run(sql)
+    return Dropped(f"by {name}", before - database.value("SELECT count(*) FROM log"), before)
+
+
+def _drop_to_core(database: Database, k: int) -> Dropped:
+    """Drops users and items with fewer than k rows, until all have as many."""
+    before = database.value("SELECT count(*) FROM log")
+    count = before
+    while True:
+        rare = " OR ".join(
+            f"{column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) < {k})"
+            for column in ("u", "i")
+        )
+        database.run(f"DELETE FROM log WHERE {rare}")
+        left = database.value("SELECT count(*) FROM log")
+        if left == count:
+            return Dropped(f"by k_core={k}", before - left, before)
+        count = left
+
+
+def _with_rows(database: Database, column: str, table: pa.Table, ids: pa.Array) -> pa.Table:
+    """Restricts a table of users or items to those of the log."""
+    (codes,) = database.columns(f"SELECT DISTINCT {column} FROM log")
+    return table.filter(pc.is_in(table.columns[0], value_set=ids.take(pa.array(codes))))
+
+
+def _check_times(database: Database, log: Log) -> None:
+    """Refuses a log some of whose rows have no time."""
+    column = log.columns["timestamp"]
+    missing = database.value(f"SELECT count(*) FROM log WHERE {column} IS NULL")
+    if not missing:
+        return
+    total = database.value("SELECT count(*) FROM log")
+    user, item = _example(database, log, f"{column} IS NULL")
+    raise missing_times(missing, total, f"one of user {user!r} and item {item!r}")
+
+
+def _example(database: Database, log: Log, condition: str) -> tuple[str, str]:
+    """Returns user and item of the first row that satisfies a condition."""
+    sql = f"SELECT u, i FROM log WHERE {condition} ORDER BY position LIMIT 1"
+    user, item = (column[0] for column in database.columns(sql))
+    return log.ids["user_id"][user].as_py(), log.ids["item_id"][item].as_py()
+
+
+def _check_time_range(database: Database, log: Log, accept: Sequence[str]) -> None:
+    """Refuses times before 1990 or after tomorrow, as a log in memory does."""
+    column = log.columns["timestamp"]
+    now = time.time()
+    bounds = {
+        "old_times": f"{column} < {int(EARLIEST.timestamp())}",
+        "future_times": f"{column} > {int(now) + DAY}",
+    }
+    total = database.value("SELECT count(*) FROM log")
+    for finding, condition in bounds.items():
+        count = database.value(f"SELECT count(*) FROM log WHERE {condition}")
+        if not count or finding in accept:
+            continue
+        user, item = _example(database, log, condition)
+        sql = f"SELECT {column} FROM log WHERE {condition} ORDER BY position LIMIT 1"
+        moment = format_time(database.value(sql))
+        example = f"{moment} (user {user!r}, item {item!r})"
+        share = f"{count:,} of {total:,}"
+        raise time_out_of_range(finding, share, example, accept, now=now)
+
+
+def split_log(database: Database, log: Log, config: SplitConfig) -> None:
+    """Makes the view `divided`: the rows of a log with the number of their part.
+
+    Args:
+        database: Rows of the log.
+        log: The log.
+        config: Kind of the split, "time" or "none".
+
+    Raises:
+        ConfigError: A part that has a share would be empty, or train too small.
+    """
+    part = "0"
+    if config.kind == "time":
+        part = _part_by_time(database, log.columns["timestamp"], config)
+    database.run(f"CREATE VIEW divided AS SELECT *, {part} AS part FROM log")
+    sizes = part_sizes(database)
+    total = sum(sizes)
+    if config.kind == "time" and not is_enough(sizes[0] / total, config):
+        column = log.columns["timestamp"]
+        (times, counts) = database.columns(
+            f"SELECT {column} AS t, count(*) AS n FROM log GROUP BY t ORDER BY n DESC, t LIMIT 1"
+        )
+        cure = "use --engine=memory, which names a kind of split that suits them"
+        raise undivided(config, total, int(counts[0]), int(times[0]), cure)
+    check_parts(sizes, config)
+
+
+def part_sizes(database: Database) -> list[int]:
+    """Returns the number of rows of each part."""
+    numbers, counts = database.columns("SELECT part, count(*) FROM divided GROUP BY part")
+    sizes = [0, 0, 0]
+    for number, count in zip(numbers, counts, strict=True):
+        sizes[number] = int(count)
+    return sizes
+
+
+def _part_by_time(database: Database, column: str, config: SplitConfig) -> str:
+    """Returns the number of the part of a row as SQL; see `twotower.data.split.split_by_time`."""
+    total = database.value("SELECT count(*) FROM log")
+    held_out, test = held_out_counts(total, config)
+    cases = ""
+    for count, part in ((test, 2), (held_out, 1)):
+        if count:
+            cases += f"WHEN {column} >= {_begin_of_last(database, column, count)} THEN {part} "
+    return f"CASE {cases} ELSE 0 END" if cases else "0"
+
+
+def _begin_of_last(database: Database, column: str, count: int) -> int:
+    """Returns the time of the `count`-th row from the end.
+
+    Rows are counted by ranges of time first and then by the times of one range: neither is as many
+    as the rows are.
+    """
+    low, high = (x[0] for x in database.columns(f"SELECT min({column}), max({column}) FROM log"))
+    width = int(high - low) // _RANGES + 1
+    number = f"({column} - {low}) // {width}"
+    ranges, rows = database.columns(
+        f"SELECT {number} AS r, count(*) FROM log GROUP BY r ORDER BY r DESC"
+    )
+    place = int(np.searchsorted(np.cumsum(rows), count))
+    before = int(rows[:place].sum())
+    times, rows = database.columns(
+        f"SELECT {column} AS t, count(*) FROM log WHERE {number} = {ranges[place]} "
+        "GROUP BY t ORDER BY t DESC"
+    )
+    return int(times[np.searchsorted(np.cumsum(rows), count - before)])
+
+
+class SqlNumbers:
+    """The counts of a log in a database; see `twotower.pipeline.describe.LogNumbers`.
+
+    Args:
+        database: Rows of the log, divided.
+        log: The log.
+        config: Configuration of the run.
+    """
+
+    def __init__(self, database: Database, log: Log, config: Config):
+        self._database = database
+        self._log = log
+        self._config = config
+        self.part_rows = part_sizes(database)
+        self.num_rows = sum(self.part_rows)
+        self.columns = log.schema.names
+        # [3, users] and [3, items], by code.
+        self.user_counts = self._counts("u", len(log.ids["user_id"]))
+        self.item_counts = self._counts("i", len(log.ids["item_id"]))
+        self.num_users = int(np.count_nonzero(self.user_counts.sum(axis=0)))
+        self.num_items = int(np.count_nonzero(self.item_counts.sum(axis=0)))
+        # By code: the row in the table of users and in the corpus, -1 outside of it.
+        self.user_rows = np.zeros(0, np.int32)
+        self.item_rows = np.zeros(0, np.int32)
+
+    def _counts(self, column: str, size: int) -> np.ndarray:
+        counts = np.zeros((3, size), np.int64)
+        part, code, rows = self._database.columns(
+            f"SELECT part, {column}, count(*) FROM divided GROUP BY part, {column}"
+        )
+        counts[part, code] = rows
+        return counts
+
+    def held_out(self, part: int) -> HeldOut | None:
+        """See `LogNumbers`."""
+        rows = self.part_rows[part]
+        if not rows:
+            return None
+        of_items = self.item_counts[part]
+        outside = int(of_items[self.item_rows < 0].sum())
+        recall = (rows - outside) / rows
+        if self._config.evaluation.query == "user":
+            recall = self._greatest_recall(part)
+        return HeldOut(
+            rows=rows,
+            outside_corpus=outside,
+            new_items=int(of_items[self.item_counts[0] == 0].sum()),
+            new_users=int(self.user_counts[part][self.user_counts[0] == 0].sum()),
+            greatest_recall=recall,
+        )
+
+    def _greatest_recall(self, part: int) -> float:
+        """Returns the mean over users of the share of their items that the corpus has."""
+        outside = pa.table({"i": np.flatnonzero(self.item_rows < 0).astype(np.int32)})
+        self._database.create("outside", outside)
+        users, answers, found = self._database.columns(
+            "SELECT u, count(*), count(*) FILTER (i NOT IN (FROM outside)) "
+            f"FROM (SELECT DISTINCT u, i FROM divided WHERE part = {part}) GROUP BY u"
+        )
+        self._database.run("DROP TABLE outside")
+        # In the order of users: the last bits of a mean depend on it.
+        order = np.argsort(self.user_rows[users])
+        return float((found[order] / answers[order]).mean())
+
+    def count_repeats(self) -> int:
+        """See `LogNumbers`."""
+        pairs = self._database.value("SELECT count(*) FROM (SELECT DISTINCT u, i FROM log)")
+        return self.num_rows - pairs
+
+    def time_range(self) -> tuple[int | None, int | None]:
+        """See `LogNumbers`."""
+        column = self._log.columns["timestamp"]
+        first, last = self._database.columns(f"SELECT min({column}), max({column}) FROM log")
+        return int(first[0]), int(last[0])
+
+    def heaviest_share(self) -> float:
+        """See `LogNumbers`."""
+        weights = f"SELECT coalesce({self._log.columns['weight']}, 1)::DOUBLE AS w FROM log"
+        count = max(self.num_rows // 100, 1)
+        heaviest = self._database.value(
+            f"SELECT sum(w) FROM (FROM ({weights}) ORDER BY w DESC LIMIT {count})"
+        )
+        return heaviest / max(self._database.value(f"SELECT sum(w) FROM ({weights})"), 1e-30)
+
+    def first_kinds(self) -> list[str | None]:
+        """See `LogNumbers`."""
+        column = self._log.columns["event"]
+        kinds = self._database.table(
+            f"SELECT {column} AS kind, min(position) AS first FROM "
+            f"(SELECT {column}, position FROM log ORDER BY position LIMIT {SAMPLE}) "
+            "GROUP BY kind ORDER BY first"
+        )
+        return kinds["kind"].to_pylist()
+
+    def count_kinds(self) -> dict[str | None, int]:
+        """Returns the rows of each kind of event, in order of first appearance."""
+        column = self._log.columns["event"]
+        kinds = self._database.table(
+            f"SELECT {column} AS kind, count(*) AS rows, min(position) AS first FROM log "
+            "GROUP BY kind ORDER BY first"
+        )
+        return dict(zip(kinds["kind"].to_pylist(), kinds["rows"].to_pylist(), strict=True))
