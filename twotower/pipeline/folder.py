@@ -437,9 +437,8 @@ class TableWriter:
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     """Returns a column as one array of which no byte is left to chance."""
     values = join_chunks(column)
-    if not values.null_count and not pa.types.is_boolean(values.type):
-        return values
-    # What lies under a missing value, and in the bits behind the last one, is zero in a copy.
+    # A copy: a slice is written with some of the bytes behind it, and whatever lies under a missing
+    # value.
     return values.take(pa.array(np.arange(len(values))))
 
 

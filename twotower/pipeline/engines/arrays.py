@@ -47,7 +47,7 @@ class ArrayFile:
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """Writes rows from the row `first` on."""
-        data = memoryview(np.ascontiguousarray(rows, self.dtype)).cast("B")
+        data = memoryview(np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8))
         offset = self._start + first * self._row_bytes
         # A write may end early, as one that fills a disk does.
         while len(data):
