@@ -5,7 +5,6 @@ import pytest
 
 from tests.extras import extra
 from twotower.config import from_dict
-from twotower.core.errors import ConfigError
 from twotower.data.sources import delimited
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines import arrays, database, on_disk
