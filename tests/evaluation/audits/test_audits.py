@@ -87,6 +87,8 @@ def test_ties_are_the_users_whose_answer_has_the_time_of_an_earlier_row(far):
     assert audit.figures["neighbour_share"] == 4 / 6
     assert "2 of 3 users (66.7%)" in audit.sentence and "ties='together'" in audit.sentence
     assert not data.audit_ties(test, [train], SplitConfig(kind="time")).speaks
+    fixed = data.audit_ties(test, [train], SplitConfig(kind="fixed"))
+    assert fixed.speaks and "whoever divided the log decided" in fixed.sentence
     later = dataclasses.replace(test, timestamp=np.arange(4) + 2**34)
     assert not data.audit_ties(later, [train], options).speaks
 

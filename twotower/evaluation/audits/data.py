@@ -135,7 +135,14 @@ def audit_ties(held_out: Rows, earlier: Sequence[Rows], config: SplitConfig) -> 
     has_order = config.kind in ("leave_last_out", "fixed")
     if not has_order or share < SHARE_OF_TIES:
         return Audit("ties", False, f"{sentence}.", figures)
-    by = {"file": "the order of the file", "drawn": "a draw", "together": "both"}[config.ties]
+    # A split that came with the log has options of its own, wherever they were.
+    if config.kind == "fixed":
+        sentence += (
+            ", and whoever divided the log decided which of them is to be found. Ask by what order, "
+            "or divide it by config.split.kind='leave_last_out' with ties='together'."
+        )
+        return Audit("ties", True, sentence, figures)
+    by = "a draw" if config.ties == "drawn" else "the order of the file"
     sentence += (
         f", and {by} decides which of them is to be found. config.split.ties='together' holds all "
         "rows of the last moment out, any of which is right, and 'drawn' draws one by "
