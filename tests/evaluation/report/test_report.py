@@ -16,8 +16,9 @@ from twotower.core.errors import ConfigError
 from twotower.evaluation.report.figures import Points, scatter_chart
 from twotower.evaluation.report.neighbourhoods import umap_charts
 from twotower.evaluation.report.page import Section, Table, render_page, table
-from twotower.evaluation.report.quality import Verdict, find_verdict, hero
+from twotower.evaluation.report.quality import hero
 from twotower.evaluation.report.vectors import storage_recall
+from twotower.evaluation.report.verdict import Verdict, find_verdict
 from twotower.evaluation.report.write import check_report, write_report
 from twotower.retrieval.item_map.plane import Grouping
 
@@ -40,7 +41,9 @@ def measured_as(model, low, high, **baselines):
 def test_the_verdict_is_against_the_best_baseline_that_anybody_could_use(rival, standing):
     rivals = {} if rival is None else {"ease": rival, "popularity": rival / 2}
     measured = measured_as(0.25, 0.2, 0.3, random=0.9, true_preferences=0.95, **rivals)
-    verdict = find_verdict(measured)
+    verdict = find_verdict(
+        "recall@10", measured["model"], measured["model_intervals"], measured["baselines"]
+    )
     assert verdict.standing == standing
     assert verdict.rival == ("ease" if rivals else "")
 

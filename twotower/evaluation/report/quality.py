@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from twotower.core.install import command
 from twotower.data.report import DataReport
 from twotower.evaluation.audits.base import spoken_sentences
-from twotower.evaluation.baselines.make import NO_RIVALS
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.report.figures import (
     Line,
@@ -33,10 +31,10 @@ from twotower.evaluation.report.page import (
     paragraph,
     table,
 )
+from twotower.evaluation.report.verdict import CURE, Standing, Verdict, find_verdict
 from twotower.evaluation.tuned import describe_tuning
 
 Measured = Mapping[str, Any]
-Standing = Literal["ahead", "behind", "even", "alone"]
 LONG_WARNING = 170  # characters from which on a warning is folded
 # Up to the first colon or the end of a sentence, of a length that says something.
 _FIRST_PART = re.compile(r".{30,}?(?::|\.)(?=\s)")
@@ -59,66 +57,19 @@ SENTENCES: dict[Standing, str] = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """The model against the best of the baselines.
-
-    Attributes:
-        metric: Name of the figure that decides, such as "recall@10".
-        value: That of the model.
-        low: Lower end of its interval.
-        high: Upper end.
-        rival: Name of the best baseline; "" where none was measured.
-        rival_value: Its figure.
-    """
-
-    metric: str
-    value: float
-    low: float
-    high: float
-    rival: str = ""
-    rival_value: float = 0.0
-
-    @property
-    def standing(self) -> Standing:
-        """Where the model stands."""
-        if not self.rival:
-            return "alone"
-        # By the model's interval, beside a figure without its own: a first look, for which
-        # `compare` has paired differences.
-        if self.low > self.rival_value:
-            return "ahead"
-        return "behind" if self.high < self.rival_value else "even"
-
-
 def list_lengths(measured: Measured) -> list[int]:
     """Returns the K of the figures, rising."""
     names = (name for name in measured["model"] if name.startswith("recall@"))
     return sorted(int(name.partition("@")[2]) for name in names)
 
 
-def find_verdict(measured: Measured) -> Verdict:
-    """Compares the recall of the shortest lists with that of the best baseline."""
-    # The shortest lists are what somebody sees without scrolling; recall says the same to
-    # everybody.
-    metric = f"recall@{list_lengths(measured)[0]}"
-    value = measured["model"][metric]
-    low, high = measured.get("model_intervals", {}).get(metric, (value, value))
-    rivals = {
-        name: figures[metric]
-        for name, figures in measured.get("baselines", {}).items()
-        # Rankings that know the answers, or that nobody would serve, are shown and never the rival.
-        if name not in NO_RIVALS
-    }
-    if not rivals:
-        return Verdict(metric, value, low, high)
-    best = max(rivals, key=rivals.__getitem__)
-    return Verdict(metric, value, low, high, best, rivals[best])
-
-
 def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> str:
     """Returns the verdict, the figures behind it and all that speaks against them, as HTML."""
-    verdict = find_verdict(measured)
+    # The shortest lists are what somebody sees without scrolling, and recall is what everybody
+    # understands.
+    metric = f"recall@{list_lengths(measured)[0]}"
+    intervals = measured.get("model_intervals", {})
+    verdict = find_verdict(metric, measured["model"], intervals, measured.get("baselines", {}))
     standing = verdict.standing
     sentence = SENTENCES[standing].format(name=title_of(verdict.rival))
     k = verdict.metric.partition("@")[2]
@@ -144,10 +95,7 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
     if standing == "alone":
         cure = missing("Without baselines nobody can say whether this is much.", evaluate)
     elif standing == "behind":
-        cure = paragraph(
-            "What to try: more steps, the history of the user as a feature, or other losses and "
-            "negatives."
-        )
+        cure = paragraph(f"What to try: {CURE}.")
     else:
         cure = ""
     left = (

@@ -15,13 +15,13 @@ from twotower.core.tables import format_table
 from twotower.data.report import format_share
 from twotower.evaluation.audits.base import spoken_sentences
 from twotower.evaluation.audits.sanity import format_sanity
-from twotower.evaluation.baselines.make import NO_RIVALS
 from twotower.evaluation.further import DISTINCT, NAMES
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.measure import INDEX_K
 from twotower.evaluation.metrics import CORPUS_METRICS, LIST_METRICS, RANKING_METRICS
 from twotower.evaluation.report.slice_table import format_slices
+from twotower.evaluation.report.verdict import CURE, Verdict, find_verdict
 from twotower.evaluation.tuned import describe_tuning
 from twotower.index.base import Index
 from twotower.index.shards.divided import DividedIndex
@@ -334,10 +334,9 @@ def _comparisons(
     lines = []
     metric = f"recall@{k}"
     recall = model[metric]
-    # What the data was made of is no rival: nothing can be ahead of it.
-    rivals = {name: values[metric] for name, values in baselines.items() if name not in NO_RIVALS}
-    if rivals:
-        lines.append(_verdict(metric, recall, intervals.get(metric, (recall, recall)), rivals))
+    verdict = find_verdict(metric, model, intervals, baselines)
+    if verdict.rival:
+        lines.append(_format_verdict(verdict))
     # Missing, or 0 in a tiny split: no ratio can be formed.
     popularity = baselines.get("popularity", {}).get(metric, 0.0)
     if popularity:
@@ -349,20 +348,14 @@ def _comparisons(
     return lines
 
 
-def _verdict(metric: str, recall: float, ends: Sequence[float], rivals: Mapping[str, float]) -> str:
+def _format_verdict(verdict: Verdict) -> str:
     """Returns the sentence that compares the model with the best of the baselines."""
-    name = max(rivals, key=rivals.__getitem__)
-    best = rivals[name]
-    low, high = ends
-    figures = f"{metric} {recall:.4f} against {best:.4f}"
-    title = f"the best baseline, {_short_name(name)}"
-    if low > best:
+    figures = f"{verdict.metric} {verdict.value:.4f} against {verdict.rival_value:.4f}"
+    title = f"the best baseline, {_short_name(verdict.rival)}"
+    if verdict.standing == "ahead":
         return f"The model is ahead of {title}: {figures}."
-    if high < best:
-        return (
-            f"The model is BEHIND {title}: {figures}. Try more steps, the history of the user as a "
-            f"feature, or other losses and negatives."
-        )
+    if verdict.standing == "behind":
+        return f"The model is BEHIND {title}: {figures}. Try {CURE}."
     return f"The model cannot be told from {title}: {figures} lies within its interval."
 
 
