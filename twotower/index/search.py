@@ -31,7 +31,7 @@ OVERFETCH_FACTOR = 1.5
 BRUTE_FORCE_FACTOR = 4
 MAX_BLOCK_SCORES = 2**24  # scores held at once: 64 MiB of float32
 ROW_BLOCK = 65_536  # rows compared at once
-MAX_COMPARED_EXCLUSIONS = 256  # exclusions of a single query that are compared without a sort
+MAX_COMPARED_EXCLUSIONS = 256  # exclusions of a single query that are compared one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,12 @@ def search_filtered(
             vectors, among, queries, k, exclude, extra_coordinate=extra_coordinate
         )
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))
+    # The request of a server: one user with a usual history.
+    is_usual = allowed is None and 0 < max_excluded <= MAX_COMPARED_EXCLUSIONS
+    if is_usual and len(rows) == 1:
+        first = _first_kept(rows[0], exclude.values, k)
+        if len(first) == k:
+            return scores[:, first], rows[:, first]
     keep = rows >= 0
     # Each test is skipped where nothing can fail it: half of an answer was such overhead.
     if max_excluded:
@@ -231,6 +237,26 @@ def brute_force_search(
             positions = np.where(positions < 0, -1, among[positions])
         rows[start:stop, :length] = positions
     return scores, rows
+
+
+def _first_kept(rows: np.ndarray, excluded: np.ndarray, k: int) -> list[int]:
+    """Returns the positions of the first `k` rows that are filled and not excluded.
+
+    Args:
+        rows: Rows of one list, int [M]; -1 where none was found.
+        excluded: Rows that must not come back, int [E].
+        k: Greatest number of positions.
+    """
+    # By a set and a loop that ends early: a fifth of the time of NumPy's calls for so few.
+    out = set(excluded.tolist())
+    positions = []
+    for position, row in enumerate(rows.tolist()):
+        if row < 0 or row in out:
+            continue
+        positions.append(position)
+        if len(positions) == k:
+            break
+    return positions
 
 
 def _drop(

@@ -126,13 +126,17 @@ class BaseSegment:
 
     def _keep_read(self, found: Mapping[int, tuple[Any, ...] | None]) -> None:
         """Keeps the values of rows, at most `MAX_ROWS_READ` of them."""
-        # Lists could be changed by who is given them.
-        if any(map(pa.types.is_nested, self.items.schema.types)):
+        if self._has_nested:
             return
         # Other threads may read on from what they found: nothing there is changed.
         if len(self._rows_read) > MAX_ROWS_READ:
             self._rows_read.clear()
         self._rows_read.update(found)
+
+    @functools.cached_property
+    def _has_nested(self) -> bool:
+        """Whether a column holds lists, which could be changed by who is given them."""
+        return any(map(pa.types.is_nested, self.items.schema.types))
 
     @functools.cached_property
     def _rows_read(self) -> dict[int, tuple[Any, ...] | None]:
