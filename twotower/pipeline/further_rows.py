@@ -23,10 +23,9 @@ from twotower.pipeline.labels import check_label_values, label_columns
 from twotower.pipeline.prepare import (
     FurtherRows,
     PreparedData,
-    build_row_histories,
     columns_of_users,
     encode_rows,
-    with_spans,
+    with_histories,
 )
 
 
@@ -72,11 +71,7 @@ def with_test_rows(
     raw = _with_test(prepared.raw, rows)
     parts = (prepared.train, prepared.validation, test)
     # Built anew over all parts: the test rows' past is the log, and not the test rows of the log.
-    histories = build_row_histories(encoder, raw, parts, len(users))
-    if histories is not None:
-        spans = histories.spans
-        names = ("train", "validation", "test")
-        parts = tuple(with_spans(part, spans[key]) for key, part in zip(names, parts))
+    histories, (train, validation, test) = with_histories(encoder, raw, parts, len(users))
     num_new = len(users) - len(prepared.users)
     further = FurtherRows(
         name=name,
@@ -89,9 +84,9 @@ def with_test_rows(
     return dataclasses.replace(
         prepared,
         users=users,
-        train=parts[0],
-        validation=parts[1],
-        test=parts[2],
+        train=train,
+        validation=validation,
+        test=test,
         features=_with_new_features(prepared, users),
         # The factors of a generated shop are those of its users alone.
         truth=None if num_new else prepared.truth,

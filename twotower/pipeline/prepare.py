@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,7 @@ from twotower.data.audit import audit, check_fitted, drop_repeats
 from twotower.data.contract import KEYS, Contract
 from twotower.data.dataset import Dataset, TruePreferences, assemble
 from twotower.data.filters import filter_rows
-from twotower.data.interactions import Split, timestamps
+from twotower.data.interactions import PARTS, Split, timestamps
 from twotower.data.matching import check_matches
 from twotower.data.report import DataReport
 from twotower.data.sources.kept import locate
@@ -355,9 +355,9 @@ def prepare(
     # Before the log is read, which may take minutes: a mistake in the features is shown at once.
     if spec is None:
         spec = with_event_weights(load_spec(config.features), config)
-    told = read_and_describe(config, spec, folder=folder, dataset=dataset, contract=contract)
-    dataset = told.dataset
-    parts = told.parts
+    log = read_and_describe(config, spec, folder=folder, dataset=dataset, contract=contract)
+    dataset = log.dataset
+    parts = log.parts
     users = dataset.users
     items = dataset.items
     # Vocabularies and statistics are of training rows alone, see `fit_encoder`; an encoder that
@@ -377,23 +377,18 @@ def prepare(
         "item": encoder.encode("item", items),
     }
 
-    train, validation, test = (
-        encode_rows(rows, user, item, encoder, labels, event_weights)
-        for rows, user, item in zip(parts.tables, told.users, told.items)
-    )
+    rows = [
+        encode_rows(part, user, item, encoder, labels, event_weights)
+        for part, user, item in zip(parts.tables, log.users, log.items)
+    ]
     # A loss of 0 has no gradient, and would train without an error.
-    if not train.weight.any():
+    if not rows[0].weight.any():
         raise ConfigError(
             "weight is 0 in every training row: nothing would be learned. At least one must be "
             "above 0."
         )
     # From rows as arrays, all parts at once: a test row's past holds training and validation rows.
-    histories = build_row_histories(encoder, parts, (train, validation, test), len(users))
-    if histories is not None:
-        train = with_spans(train, histories.spans["train"])
-        validation = with_spans(validation, histories.spans["validation"])
-        test = with_spans(test, histories.spans["test"])
-
+    histories, (train, validation, test) = with_histories(encoder, parts, rows, len(users))
     return PreparedData(
         config=config,
         users=users,
@@ -408,7 +403,7 @@ def prepare(
         histories=histories,
         packing=pack_sequences(config, histories),
         has_catalogue=dataset.has_catalogue,
-        report=told.report,
+        report=log.report,
     )
 
 
@@ -425,20 +420,16 @@ def with_features(prepared: PreparedData, config: Config, encoder: Encoder) -> P
         "user": encoder.encode("user", prepared.users, columns_of_users(encoder)),
         "item": encoder.encode("item", prepared.items),
     }
-    parts = []
-    for part, rows in zip(
+    rows = []
+    for table, part in zip(
         prepared.raw.tables, (prepared.train, prepared.validation, prepared.test)
     ):
         # Rows and their labels stay: only what the features read of them is encoded again.
-        context = encoder.encode("user", part, encoder.context)
-        parts.append(dataclasses.replace(rows, context=context))
-    train, validation, test = parts
-    rows = (train, validation, test)
-    histories = build_row_histories(encoder, prepared.raw, rows, len(prepared.users))
-    if histories is not None:
-        train = with_spans(train, histories.spans["train"])
-        validation = with_spans(validation, histories.spans["validation"])
-        test = with_spans(test, histories.spans["test"])
+        context = encoder.encode("user", table, encoder.context)
+        rows.append(dataclasses.replace(part, context=context))
+    histories, (train, validation, test) = with_histories(
+        encoder, prepared.raw, rows, len(prepared.users)
+    )
     return dataclasses.replace(
         prepared,
         config=config,
@@ -546,22 +537,32 @@ def encode_rows(
     )
 
 
-def build_row_histories(
-    encoder: Encoder, parts: Split, rows: tuple[Rows, Rows, Rows], num_users: int
-) -> Histories | None:
-    """Returns the events of each user before each row, where the encoder has such a feature."""
+def with_histories(
+    encoder: Encoder, parts: Split, rows: Sequence[Rows], num_users: int
+) -> tuple[Histories | None, list[Rows]]:
+    """Puts the span of its history into the context of each row, where users have histories.
+
+    Args:
+        encoder: Fitted encoder.
+        parts: Parts of the log.
+        rows: The same rows as arrays: train, validation and test.
+        num_users: Number of users.
+
+    Returns:
+        The events of each user before each row, None where the encoder reads none; and the rows.
+    """
     feature = encoder.spec.history
     if feature is None:
-        return None
+        return None, list(rows)
     fitted = encoder.fitted["user", feature.name]
     users = [part.user for part in rows]
     times = [part.timestamp for part in rows]
-    return build_histories(feature, fitted, parts, users, times, num_users)
-
-
-def with_spans(rows: Rows, spans: np.ndarray) -> Rows:
-    """Puts the spans of the histories into the context of the rows."""
-    return dataclasses.replace(rows, context={**rows.context, SPANS: spans})
+    histories = build_histories(feature, fitted, parts, users, times, num_users)
+    spanned = []
+    for name, part in zip(PARTS, rows, strict=True):
+        context = {**part.context, SPANS: histories.spans[name]}
+        spanned.append(dataclasses.replace(part, context=context))
+    return histories, spanned
 
 
 def pack_sequences(config: Config, histories: Histories | None) -> SequencePacking | None:

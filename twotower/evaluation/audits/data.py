@@ -138,8 +138,8 @@ def audit_ties(held_out: Rows, earlier: Sequence[Rows], config: SplitConfig) -> 
     # A split that came with the log has options of its own, wherever they were.
     if config.kind == "fixed":
         sentence += (
-            ", and whoever divided the log decided which of them is to be found. Ask by what order, "
-            "or divide it by config.split.kind='leave_last_out' with ties='together'."
+            ", and whoever divided the log decided which of them is to be found. Ask by what "
+            "order, or divide it by config.split.kind='leave_last_out' with ties='together'."
         )
         return Audit("ties", True, sentence, figures)
     by = "a draw" if config.ties == "drawn" else "the order of the file"
