@@ -878,12 +878,7 @@ def evaluate(
         keep_queries=True,
     )
     if retriever is not None:
-        # One query a user, whatever the protocol: the index is searched with users' vectors.
-        users = np.unique(run.prepared.positives(split).user)
-        # A bundle without users has none to search for, and none that the log does not have.
-        users = users[users < len(retriever.bundle.users)]
-        if len(users):
-            measured["index"] = measure.measure_index(retriever, users)
+        measured |= _index_figures(retriever, run, split)
     if sanity:
         # Of this checkpoint: the bundle in the folder may be of another.
         title, category = sanity_columns
@@ -895,6 +890,17 @@ def evaluate(
     measure.write_metrics(measured, measured_path(run, measured))
     log_linked(run.workdir)
     return measured
+
+
+def _index_figures(retriever: Retriever, run: Run, split: str) -> dict[str, Any]:
+    """Returns {"index": figures} of the index of a bundle; {} where it has no user to ask for."""
+    # One query a user, whatever the protocol: the index is searched with users' vectors.
+    users = np.unique(run.prepared.positives(split).user)
+    # A bundle without users has none to search for, and none that the log does not have.
+    users = users[users < len(retriever.bundle.users)]
+    if not len(users):
+        return {}
+    return {"index": measure.measure_index(retriever, users)}
 
 
 def with_test_set(run: Run, rows: TableLike, *, name: str = "") -> Run:
@@ -1076,13 +1082,7 @@ def sweep(
         config = config.config
     digest = data_folder.digest_of(config)
     values = read_space(space, config)
-    told: list[DataReport] = []
-
-    def tell(data: DataReport) -> None:
-        # Of data that trials share, once.
-        if data not in told:
-            log_report(data)
-            told.append(data)
+    tell = _tell_once()
 
     def train_trial(
         config: Config, workdir: Path, data: Path, on_validation: OnValidation | None
@@ -1114,6 +1114,18 @@ def sweep(
     if report:
         print(f"Report: {write_sweep_page(found)}")
     return found
+
+
+def _tell_once() -> Callable[[DataReport], None]:
+    """Returns a function that logs a report of data, which many trials share, the first time."""
+    told: list[DataReport] = []
+
+    def tell(data: DataReport) -> None:
+        if data not in told:
+            log_report(data)
+            told.append(data)
+
+    return tell
 
 
 def _tested(workdir: Path, found: Sweep) -> Mapping[str, float]:

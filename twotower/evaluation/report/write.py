@@ -97,10 +97,7 @@ def write_report(
     lines = list(read_lines(run.workdir))
     # Once, for all pictures and the map: an item is at one place in each.
     plane = project(items)
-    # Beside the page, for slides and chats; in the page the pictures are SVG.
-    images = [path.with_name(f"items_by_{_file_name(part.column)}.png") for part in groupings]
-    for image, grouping in zip(images, groupings):
-        _write_image(image, plane, grouping, run.workdir.name)
+    images = _write_images(path, plane, groupings, run.workdir.name)
     workdir = str(run.workdir)
     people = describe_people(prepared, model, run.weights, items, titles, split, targets)
     config = dataclasses.asdict(run.config)
@@ -113,7 +110,7 @@ def write_report(
             groupings,
             titles,
             items,
-            [image.name for image in images],
+            images,
             further=umap_charts(groupings, items) if umap else (),
         ),
         vectors.index(
@@ -146,6 +143,17 @@ def data_section(report: DataReport | None) -> Section:
         # Before the figures of the data, most of which nobody reads.
         blocks.insert(0, bullets(report.warnings))
     return Section("data", "The data", lead, blocks)
+
+
+def _write_images(page: Path, plane: Plane, groupings: Sequence[Grouping], title: str) -> list[str]:
+    """Writes an image for each column that the items are coloured by, and returns their names."""
+    names = []
+    for grouping in groupings:
+        # Beside the page, for slides and chats; in the page the pictures are SVG.
+        name = f"items_by_{_file_name(grouping.column)}.png"
+        _write_image(page.with_name(name), plane, grouping, title)
+        names.append(name)
+    return names
 
 
 def _write_image(path: Path, plane: Plane, grouping: Grouping, title: str) -> None:
