@@ -57,6 +57,7 @@ from twotower.integrations.live_tracking import follow
 from twotower.integrations.mlflow_model import Registration
 from twotower.integrations.mlflow_runs import fetch_bundle
 from twotower.integrations.mlflow_store import Destination, is_address
+from twotower.integrations.sweep_tracking import SweepTracking
 from twotower.integrations.tracking import log_linked, track
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines.engine import prepare_folder
@@ -72,8 +73,8 @@ from twotower.retrieval.rerank import resolve_rerank
 from twotower.retrieval.retriever import Recommendations, Retriever
 from twotower.sweeps.best import write_best
 from twotower.sweeps.page import write_page as write_sweep_page
-from twotower.sweeps.space import read_space
-from twotower.sweeps.study import Sweep, check_sweep, run_trials
+from twotower.sweeps.space import describe_space, read_space
+from twotower.sweeps.study import Sweep, check_sweep, run_trials, validations
 from twotower.sweeps.text import format_sweep
 from twotower.training import run as run_folder
 from twotower.training.grow import grow as make_grown
@@ -460,12 +461,17 @@ def train(
             be used.
         TrainingError: The loss or a score is no longer finite.
     """
-    tracking = None
-    if experiment_name:
-        tracking = Destination(uri=tracking_uri, experiment=experiment_name, run_name=run_name)
+    tracking = _destination(experiment_name, run_name, tracking_uri)
     train_in_folder(config, workdir, devices=devices, data=data, tracking=tracking)
     # Loaded anew: the weights that training ends with are the last ones, not the best.
     return load_run(workdir)
+
+
+def _destination(experiment_name: str, run_name: str, tracking_uri: str) -> Destination | None:
+    """Returns where a run is logged to; None without the name of an experiment."""
+    if not experiment_name:
+        return None
+    return Destination(uri=tracking_uri, experiment=experiment_name, run_name=run_name)
 
 
 def train_in_folder(
@@ -1039,6 +1045,9 @@ def sweep(
     seed: int = 0,
     devices: int = 0,
     report: bool = False,
+    experiment_name: str = "",
+    run_name: str = "",
+    tracking_uri: str = "",
 ) -> Sweep:
     """Tries many configurations, prints a table, and keeps the best by its validation rows.
 
@@ -1066,6 +1075,10 @@ def sweep(
         seed: Number that the drawing of configurations depends on.
         devices: Number of devices to train on; 0 takes all.
         report: Whether a page to look at is written too, which needs the extra "plots".
+        experiment_name: Experiment of MLflow that the sweep is logged to as it goes, a run for it
+            and nested ones for its trainings; "" logs none that was not logged before.
+        run_name: Name of the sweep's run in MLflow; by default that of its folder.
+        tracking_uri: Address of the store of MLflow; see `train`.
 
     Raises:
         ConfigError: An option or value cannot be used, the folder holds another sweep, or no trial
@@ -1082,6 +1095,9 @@ def sweep(
         config = config.config
     digest = data_folder.digest_of(config)
     values = read_space(space, config)
+    destination = _destination(experiment_name, run_name, tracking_uri)
+    log = SweepTracking(Path(workdir), destination)
+    metric = config.training.metric
     tell = _tell_once()
 
     def train_trial(
@@ -1090,9 +1106,18 @@ def sweep(
         # A space may change features or the split, for which the data of the run is none.
         if prepared is not None and data_folder.digest_of(config) == digest:
             data = prepared
-        train_in_folder(
-            config, workdir, devices=devices, data=data, tell=tell, on_validation=on_validation
-        )
+        try:
+            train_in_folder(
+                config,
+                workdir,
+                devices=devices,
+                data=data,
+                tell=tell,
+                tracking=log.of_training(workdir),
+                on_validation=on_validation,
+            )
+        finally:
+            log.log_best(workdir, metric, validations(workdir, metric))
 
     found = run_trials(
         config,
@@ -1110,9 +1135,14 @@ def sweep(
         tests = [_tested(folder, found) for folder in found.runs]
         found = dataclasses.replace(found, test=tests)
     data = data_folder.resolve(run_folder.data_path(found.runs[0]))
-    print(format_sweep(found, write_best(found), data))
+    files = [write_best(found)]
+    print(format_sweep(found, files[0], data))
     if report:
-        print(f"Report: {write_sweep_page(found)}")
+        files.append(write_sweep_page(found))
+        print(f"Report: {files[-1]}")
+    facts = {"space": describe_space(values), "seeds": seeds, "prune": prune, "seed": seed}
+    figures = {"best": {metric: found.best.value}, "tried": len(found.trials)}
+    log.finish(facts | {"metric": metric}, figures, files, found.runs)
     return found
 
 

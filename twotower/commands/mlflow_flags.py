@@ -49,6 +49,17 @@ class TrackingFlags(NamedTuple):
             run_name=self.run_name.value or "",
         )
 
+    def names(self) -> dict[str, str]:
+        """Returns the destination as arguments of the verbs that take names; {} for none."""
+        destination = self.destination()
+        if destination is None:
+            return {}
+        return {
+            "experiment_name": destination.experiment,
+            "run_name": destination.run_name,
+            "tracking_uri": destination.uri,
+        }
+
 
 def define_tracking(flag_values: flags.FlagValues) -> TrackingFlags:
     """Defines --experiment_name, --run_name and --tracking_uri, of an experiment in MLflow."""

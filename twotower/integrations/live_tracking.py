@@ -25,6 +25,7 @@ from twotower.integrations.mlflow_store import (
     resolve_uri,
 )
 from twotower.integrations.tracking import Recorder
+from twotower.training.loop import EndedEarly
 from twotower.training.metrics import METRICS
 
 PERIOD = 2.0  # seconds between two looks at the file
@@ -64,7 +65,7 @@ def follow(workdir: Path, destination: Destination | None) -> Iterator[Callable[
     try:
         yield live.start
         status = "FINISHED"
-    except (PreemptedError, KeyboardInterrupt):
+    except (PreemptedError, KeyboardInterrupt, EndedEarly):
         status = "KILLED"
         raise
     finally:

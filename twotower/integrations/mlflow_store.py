@@ -28,7 +28,9 @@ SQLITE_MAGIC = b"SQLite format 3\0"  # first bytes of every database
 ADDRESSES = ("models:/", "runs:/")  # of files in a store
 ANSWER_SECONDS = 5  # wait for a tracking server
 LINK = "mlflow.json"  # in the folder of the run: the MLflow run that it is logged to
-WORKDIR_TAG = "twotower.workdir"  # absolute folder of the run
+WORKDIR_TAG = "twotower.workdir"  # absolute folder of a run that commands may take
+SWEEP_TAG = "twotower.sweep"  # absolute folder of a sweep, or of one of its trainings
+PARENT_TAG = "mlflow.parentRunId"  # by which MLflow's page nests runs
 VERSION_TAG = "twotower.model_version"
 LINK_TAG = "twotower.link"  # token of the link, by which a run is found whose id was lost
 
@@ -45,12 +47,15 @@ class Destination:
         artifacts: Folder or address for the files of a new experiment; "" for the folder
             mlartifacts beside an SQLite file (MLflow's own default is the folder that the command
             was started in), or the server's choice.
+        parent: Folder of the sweep that the run is a trial of, whose MLflow run it is nested in; ""
+            for a run of its own.
     """
 
     uri: str = ""
     experiment: str = DEFAULT_EXPERIMENT
     run_name: str = ""
     artifacts: str = ""
+    parent: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +68,7 @@ class Link:
         run_name: Name of the MLflow run.
         token: Value of `LINK_TAG` of the MLflow run.
         run_id: Id of the MLflow run; "" until the store has made it.
+        parent: Folder of the sweep that the run is a trial of, if any.
     """
 
     uri: str
@@ -70,6 +76,7 @@ class Link:
     run_name: str = ""
     token: str = ""
     run_id: str = ""
+    parent: str = ""
 
     def save(self, workdir: Path) -> None:
         """Writes the link into the folder of the run."""
@@ -100,7 +107,11 @@ def link_run(workdir: Path, destination: Destination) -> Link:
         return old
     name = destination.run_name or workdir.resolve().name
     link = Link(
-        uri=address, experiment=destination.experiment, run_name=name, token=uuid.uuid4().hex
+        uri=address,
+        experiment=destination.experiment,
+        run_name=name,
+        token=uuid.uuid4().hex,
+        parent=destination.parent,
     )
     link.save(workdir)
     return link
@@ -116,7 +127,9 @@ def linked_destination(workdir: Path) -> Destination | None:
     of_environment = os.environ.get(URI_VARIABLE, "")
     if hide_password(of_environment) == uri:
         uri = of_environment
-    return Destination(uri=uri, experiment=link.experiment, run_name=link.run_name)
+    return Destination(
+        uri=uri, experiment=link.experiment, run_name=link.run_name, parent=link.parent
+    )
 
 
 def resolve_uri(uri: str) -> str:

@@ -27,6 +27,8 @@ from twotower.integrations.mlflow_model import Registration, log_bundle, registe
 from twotower.integrations.mlflow_store import (
     LINK,
     LINK_TAG,
+    PARENT_TAG,
+    SWEEP_TAG,
     VERSION_TAG,
     WORKDIR_TAG,
     Destination,
@@ -35,6 +37,7 @@ from twotower.integrations.mlflow_store import (
     link_run,
     linked_destination,
     open_store,
+    read_link,
     resolve_uri,
 )
 from twotower.plugins import load_config
@@ -124,9 +127,13 @@ class Recorder:
     Args:
         workdir: Folder of the run.
         destination: Where it is logged to.
+        is_of_sweep: Whether the folder is that of a sweep, or of a training of one.
     """
 
-    def __init__(self, workdir: Path, destination: Destination) -> None:
+    def __init__(
+        self, workdir: Path, destination: Destination, *, is_of_sweep: bool = False
+    ) -> None:
+        self._is_of_sweep = is_of_sweep or bool(destination.parent)
         self.workdir = workdir
         self.destination = destination
         self.uri = resolve_uri(destination.uri)
@@ -181,9 +188,21 @@ class Recorder:
             if found:
                 return found[0].info.run_id
         folder = self.workdir.resolve()
-        tags = {WORKDIR_TAG: str(folder), LINK_TAG: token}
+        # Most trainings of a sweep keep no checkpoint: only its best one becomes a run to take.
+        folder_tag = SWEEP_TAG if self._is_of_sweep else WORKDIR_TAG
+        tags = {folder_tag: str(folder), LINK_TAG: token}
+        if destination.parent:
+            tags[PARENT_TAG] = self._parent_id(client)
         name = destination.run_name or folder.name
         return client.create_run(experiment_id, run_name=name, tags=tags).info.run_id
+
+    def _parent_id(self, client: MlflowClient) -> str:
+        """Returns the id of the sweep's run, which the first of its trainings makes."""
+        folder = Path(self.destination.parent)
+        sweep = read_link(folder)
+        name = sweep.run_name if sweep else ""
+        destination = dataclasses.replace(self.destination, parent="", run_name=name)
+        return Recorder(folder, destination, is_of_sweep=True).link(client).run_id
 
     def log_training(self, client: MlflowClient) -> None:
         """Logs the configuration, facts about the data, and the metrics of steps."""
@@ -191,7 +210,7 @@ class Recorder:
         if not self._has_params:
             config = dataclasses.asdict(load_config(self.workdir))
             facts = describe_report(DataReport.load(self.workdir / "data"))
-            _log_params(client, run_id, {**config, "statistics": facts})
+            log_params(client, run_id, {**config, "statistics": facts})
             client.log_artifact(run_id, str(self.workdir / "config.json"))
             self._has_params = True
         points: dict[str, dict[int, float]] = defaultdict(dict)
@@ -277,7 +296,7 @@ def describe_report(report: DataReport | None) -> dict[str, Any]:
     return facts
 
 
-def _log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
+def log_params(client: MlflowClient, run_id: str, values: Mapping[str, Any]) -> None:
     """Logs the parameters that are not logged yet."""
     # In the functions, since the extra may be missing.
     from mlflow.entities import Param

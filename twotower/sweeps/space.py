@@ -148,6 +148,23 @@ def draw(space: Space, trial: Trial) -> dict[str, Any]:
     return {name: values.draw(trial, name) for name, values in space.items()}
 
 
+def describe_space(space: Space) -> dict[str, str]:
+    """Returns each option with what it may be, as text.
+
+    >>> describe_space({"training.steps": Range(10, 90, whole=True), "model.dim": Choices({1: 1})})
+    {'training.steps': '10 to 90', 'model.dim': '1'}
+    """
+    described = {}
+    for name, values in space.items():
+        if isinstance(values, Range):
+            described[name] = f"{values.low:g} to {values.high:g}"
+            if values.log:
+                described[name] += " (log scale)"
+        else:
+            described[name] = ", ".join(str(label) for label in values.values)
+    return described
+
+
 def describe_edges(space: Space, options: Mapping[str, Any]) -> list[str]:
     """Returns a sentence for each best value that lies at an end of its range."""
     sentences = []

@@ -32,7 +32,7 @@ from twotower.core.files import exclusive
 from twotower.core.install import extra
 from twotower.pipeline import folder as data_folder
 from twotower.sweeps.space import Choices, Space, draw, with_options
-from twotower.training.loop import OnValidation
+from twotower.training.loop import EndedEarly, OnValidation
 from twotower.training.metrics import read_lines
 
 if TYPE_CHECKING:  # an extra, which is not always installed
@@ -106,10 +106,6 @@ class Sweep:
     def runs(self) -> list[Path]:
         """Folders of the runs of the best trial, one a seed."""
         return run_folders(self.workdir, self.best.number, len(self.best.seeds))
-
-
-class _Pruned(Exception):
-    """Ends the training of a trial that promises nothing."""
 
 
 def check_sweep() -> None:
@@ -263,7 +259,7 @@ class _Trial:
         try:
             values = self._train(train, folders)
         # Of the seeds only the first was trained.
-        except _Pruned:
+        except EndedEarly:
             best = max(validations(folders[0], self._metric))
             self._end(TrialState.PRUNED, values=[best])
             logging.info("Trial %d is pruned: %s %.4f.", self._number, self._metric, best)
@@ -283,7 +279,7 @@ class _Trial:
         """Returns the best validation of each seed.
 
         Raises:
-            _Pruned: The first seed promises nothing.
+            EndedEarly: The first seed promises nothing.
         """
         config = with_options(self._config, self._options)
         # By what the data depends on alone, so that trials that differ in their training share it.
@@ -311,7 +307,7 @@ class _Trial:
             if self._prune and self._trial.should_prune():
                 # Through the training loop, which closes what it holds and ends as at any other
                 # error.
-                raise _Pruned
+                raise EndedEarly
 
         return on_validation
 

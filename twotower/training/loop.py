@@ -60,7 +60,8 @@ if TYPE_CHECKING:
 
 # Weights -> validation metrics by name.
 Validate = Callable[[Weights], Mapping[str, float]]
-# (step, validation metrics of it), called when its checkpoint is saved; an exception ends the run.
+# (step, validation metrics of it), called when its checkpoint is saved; `EndedEarly`, or any other
+# exception, ends the run.
 OnValidation = Callable[[int, Mapping[str, float]], None]
 # Weights -> pools of hard negatives; see `twotower.objectives.negatives`.
 Miner = Callable[[Weights], Mapping[str, np.ndarray]]
@@ -77,6 +78,10 @@ GatherBatch = Callable[[Mapping[str, Any], Any], Batch]
 # most: SIGTERM is answered after two.
 MAX_STEPS = 32
 MAX_SECONDS = 0.25
+
+
+class EndedEarly(Exception):
+    """Ends a run that promises nothing; raised by an `OnValidation`."""
 
 
 @dataclasses.dataclass

@@ -11,6 +11,7 @@ The space names options, each with a range or a list of choices:
 Prints a table and how many configurations were tried, measures the best on the test rows, once, and
 writes WORKDIR/best.py, which train --config= reads, and WORKDIR/sweep.html. A sweep that was
 stopped goes on, and one that had ended takes on further trials, when the command is given again.
+--experiment_name logs to MLflow as it goes: a run for the sweep, and nested ones for its trainings.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import importlib.util
 
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS)
@@ -61,6 +62,7 @@ _REPORT = flags.DEFINE_bool(
     "Write a page to look at; needs the extra plots, and is on by default where that is installed.",
     flag_values=FLAGS,
 )
+_TRACKING = mlflow_flags.define_tracking(FLAGS)
 
 
 def main() -> None:
@@ -82,4 +84,5 @@ def main() -> None:
         seed=_SEED.value,
         devices=_DEVICES.value,
         report=wants_report,
+        **_TRACKING.names(),
     )
