@@ -248,6 +248,8 @@ def differences_of(
     for earlier, later in itertools.combinations(range(len(records)), 2):
         by_query = values[later] - values[earlier]
         sampled = means[:, later] - means[:, earlier]
+        # Of the differences of the resamples, not of each run's: what both share, hard users,
+        # cancels out.
         low, high = interval(sampled)
         for number, metric in enumerate(metrics):
             # Each user counts once here, however many queries: the effect is one on people.
@@ -353,6 +355,7 @@ def _mark(rows: Sequence[Row], differences: Sequence[Difference]) -> list[Row]:
 
 def _shared_metrics(records: Sequence[Record]) -> tuple[list[str], list[str]]:
     """Returns the metrics that all records have, and a note on the others."""
+    # Runs may have been evaluated with other lists: what all have is compared.
     every = dict.fromkeys(itertools.chain.from_iterable(record.values for record in records))
     shared = [name for name in every if all(name in record.values for record in records)]
     if not shared:

@@ -147,6 +147,7 @@ def read_thresholds(content: Mapping[str, Any], record: Record) -> list[Threshol
 
 def default_thresholds(record: Record) -> list[Threshold]:
     """Returns those of recall and NDCG at the shortest lists, a twentieth of the figure each."""
+    # The shortest lists are what people see.
     shortest = min(int(metric.partition("@")[2]) for metric in record.values)
     names = [f"{name}@{shortest}" for name in DEFAULT_METRICS]
     return [Threshold(name, ALL, None) for name in names if name in record.values]
@@ -217,6 +218,7 @@ def judge(
     verdict = worst(checks)
     refusal = ""
     if wrong:
+        # Also where the candidate fails: a gate that is blind may be wrong in either direction.
         verdict = "undecided"
         refusal = _refusal(wrong[0], int(standing.is_asked.sum()))
     return Judgement(

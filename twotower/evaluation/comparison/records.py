@@ -84,6 +84,7 @@ def read_record(name: str, split: str = "test") -> Record:
 def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
     if not path.exists():
         workdir = path.parent.parent
+        # With baselines, which the next comparison may name.
         flags = [f"--workdir={workdir}", "--baselines"]
         flags += _flags_of(split)
         raise ConfigError(
@@ -155,6 +156,7 @@ def check_alike(records: Sequence[Record]) -> None:
     """
     first = records[0]
     for other in records[1:]:
+        # The protocol first: other rules explain other queries, and are what to mend.
         differences = _protocol_differences(first.protocol, other.protocol)
         if not differences:
             differences = _query_differences(first, other)

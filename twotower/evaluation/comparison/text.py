@@ -156,6 +156,7 @@ def _spreads_table(spreads: Mapping[str, Mapping[str, Spread]], rows: Sequence[R
 
 def format_judgement(judgement: Judgement) -> str:
     """Returns the preflight, every check and the verdict of a gate."""
+    # Before the checks: it says what they are worth.
     lines = ["Preflight, by the same thresholds:"]
     for trial in judgement.preflight:
         mark = ""

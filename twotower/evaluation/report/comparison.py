@@ -149,6 +149,8 @@ def _differences(comparison: Comparison, metric: str) -> Section:
     svg = row_chart("differences", marks, x_label=f"difference in {metric} (above 0 is better)")
     header = ["run", "difference", "interval", "effect d_z", "p, adjusted", "told apart"]
     chart = Chart("differences", title, svg, caption, Table(header, rows, title))
+    # What "told apart" means stands below the chart, since the words alone claim more than a
+    # p-value does.
     blocks = [charts([chart]), paragraph(describe_marks(comparison), "note")]
     if comparison.notes:
         blocks.append(bullets(comparison.notes))
@@ -191,6 +193,7 @@ def _lengths(whole: Sequence[Row], runs: Sequence[str], ks: Sequence[int]) -> Se
 def _slices(comparison: Comparison, metric: str) -> list[Chart]:
     """Returns a chart for each slice, of the first two runs; its table has all."""
     first = comparison.runs[0]
+    # Two marks a row: of more, nobody sees which belong together.
     second = comparison.runs[-1] if len(comparison.runs) == 1 else comparison.runs[1]
     by_slice: dict[str, list[Row]] = {}
     for row in comparison.rows:

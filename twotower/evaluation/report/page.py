@@ -120,6 +120,8 @@ def render_page(title: str, about: str, hero: str, sections: Sequence[Section]) 
         script = f"<script>{code}</script>"
         script_policy = f"'{_hash(code)}'"
     policy = (
+        # By hashes, since a file that is opened from a disk has no server to send a policy, and
+        # "unsafe-inline" would allow what a title might smuggle in.
         f"default-src 'none'; style-src '{_hash(style)}'; script-src {script_policy}; "
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
@@ -197,6 +199,7 @@ def table(content: Table) -> str:
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in content.header)
     rows = []
     for cells in content.rows:
+        # The first cell names its row, for those who hear the table.
         first = f'<th scope="row">{data(cells[0])}</th>'
         others = "".join(f"<td>{data(cell)}</td>" for cell in cells[1:])
         rows.append(f"<tr>{first}{others}</tr>")

@@ -72,6 +72,7 @@ def choose_queries(queries: Queries) -> list[tuple[int, str]]:
 
     Only queries with an answer, one a user, and of equals the first.
     """
+    # One query each: ten of one busy user would show nobody else.
     _, first = np.unique(queries.user, return_index=True)
     asked = np.sort(first[queries.relevant.lengths[first] > 0])
     seen = queries.seen.lengths[queries.seen_row[asked]]
@@ -253,6 +254,7 @@ def _why(person: Person, *, reads_history: bool) -> str:
     if not person.titles:
         return ""
     title = "<h4>Why the first came</h4>"
+    # Said, and not left out: readers look for the reasons, and would take silence for a defect.
     if not reads_history:
         return (
             f"{title}<p>This model knows people by their id and columns, not by their history: no "

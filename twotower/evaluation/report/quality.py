@@ -84,10 +84,12 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
         beside = _difference(verdict)
         title = f"Best baseline, {title_of(verdict.rival)}"
         numbers.append(big_number(title, f"{verdict.rival_value:.4f}", beside))
+    # The one figure in words, for somebody who has never heard of recall.
     meaning = (
         f"Of the things that people really took next, {verdict.value:.0%} were among the {k} that "
         f"the model put first for them, out of {measured['protocol']['items']:,}."
     )
+    # Above the figures and not in a footnote: what speaks against them must be met first.
     warnings = [_warning(text) for text in find_warnings(measured, data_report)]
     if "tuning" in measured:
         meaning += f" {describe_tuning(measured['tuning'])}"
@@ -178,6 +180,7 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
         f"Each row is one way to make lists; further right is better. The pale bar is the "
         f"{LEVEL:.0%} interval: where the mean would lie if other people of the same kind had come."
     )
+    # Figures of earlier versions have none.
     if not intervals:
         caption = "Each row is one way to make lists; further right is better."
     # Of generated data alone, whose preferences are known.
@@ -347,6 +350,7 @@ def _curve(
 
 def lists(measured: Measured, workdir: str) -> Section:
     """Returns metrics by the length of lists, by slice, and beyond accuracy."""
+    # Recall beside NDCG: a model may be ahead in one and behind in the other.
     blocks = [charts([_by_length(measured, "recall"), _by_length(measured, "ndcg")])]
     run_again = [f"--workdir={workdir}", "--baselines", "--report"]
     slices = _slice_charts(measured)
@@ -423,6 +427,7 @@ def _slice_charts(measured: Measured) -> list[Chart]:
     k = list_lengths(measured)[0]
     metric = f"recall@{k}"
     for number, (name, values) in enumerate(measured.get("slices", {}).items()):
+        # Parts without a query that has an answer have no figures.
         known = {label: part for label, part in values.items() if metric in part.get("model", {})}
         # A single part is the whole.
         if len(known) < 2:
@@ -482,6 +487,7 @@ def _beyond_charts(measured: Measured) -> list[Chart]:
         for ranking in shown:
             x = figures[ranking][f"{name}@{k}"]
             y = figures[ranking][f"recall@{k}"]
+            # A group of one point each, for a marker and a colour of its own.
             groups.append(Points(title_of(ranking), [x], [y]))
             rows.append([title_of(ranking), f"{x:.4f}", f"{y:.4f}"])
         title = f"Right answers against {name}"

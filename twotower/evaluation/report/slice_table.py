@@ -37,10 +37,12 @@ def format_slices(slices: Mapping[str, Any], k: int) -> list[str]:
                 best = measured["baseline_name"].replace("_", " ")
                 row += [f"{measured['baseline'][metric]:.4f}", best]
             rows.append(row)
+    # A header above nothing would look like a failure.
     if not rows:
         return []
     header = ["slice", "value", "queries", metric, "95% interval"]
     if has_baselines:
+        # Named in each row: which baseline is the best differs from part to part.
         header += ["baseline", "the best one"]
     table = format_table(rows, header, align="llrrrrl")
     return [

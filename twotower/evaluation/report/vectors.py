@@ -68,6 +68,8 @@ def space(
     sample = ""
     if len(rows) < len(vectors):
         sample = f" A sample: {len(rows):,} of {len(vectors):,} items, evenly spaced."
+    # Said with every picture: where two axes show little of the differences, what looks near may
+    # not be.
     share = sum(plane.shares)
     made = []
     for number, grouping in enumerate(groupings):
@@ -185,6 +187,7 @@ def _map(plane: Plane, grouping: Grouping, titles: Sequence[str], vectors: np.nd
 
 def _shape(number: int) -> str:
     """Returns the marker of a group, as map.js draws it."""
+    # Drawn here once more, as the key of the map is HTML and the map a canvas.
     shapes = (
         '<circle r="4"',
         '<rect x="-4" y="-4" width="8" height="8"',
@@ -246,6 +249,7 @@ def index(
         )
     if tuning is not None and tuning.recall_by_decile:
         parts.append(_deciles(tuning))
+    # Also without a bundle: it needs the vectors alone, and is asked before the export.
     parts.append(_storage(users, items, normalized=normalized))
     blocks.append(charts(parts))
     return Section(
@@ -375,6 +379,7 @@ def _storage(users: np.ndarray, items: np.ndarray, *, normalized: bool) -> Chart
         x_label="size of an item (bytes)",
         y_label="recall@10 (share of the whole vectors' list, 0 to 1)",
         log_x=True,
+        # The sizes that there are: halves, which round numbers would miss.
         x_ticks=lines[0].x,
     )
     rows = []
@@ -421,6 +426,7 @@ def health(
     if temperatures:
         parts.append(_temperature(temperatures))
     figures = measured.get("health", {})
+    # A loss without negatives, such as one on labels, has none.
     if "expected_counts" in figures:
         parts.append(_negatives(figures))
     blocks = [charts(parts)]
