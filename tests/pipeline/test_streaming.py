@@ -64,7 +64,7 @@ def make_stream(folder, batch_size=B):
 
 def check_batches(records, examples, folder):
     """The batches of a stream are those that are gathered of the whole log."""
-    stream = Stream(records, write_and_open(records, folder, file_bytes=2000), 5, seed=1)
+    stream = Stream(records, write_and_open(records, folder, file_bytes=500), 5, seed=1)
     for step in (0, 1, 2 * len(records) // 5 + 1):
         positions = np.arange(5 * step, 5 * step + 5)
         index = examples.index(*stream.examples(positions))
@@ -132,13 +132,13 @@ def test_a_batch_larger_than_the_data_is_refused(tmp_path):
 def test_processes_write_together_and_a_killed_write_goes_on(tmp_path):
     records = RowRecords(drawn_rows(), FEATURES)
     for part in (1, 0):
-        shards.write(records, tmp_path, part=part, parts=2, file_bytes=2000)
+        shards.write(records, tmp_path, part=part, parts=2, file_bytes=500)
     assert not shards.is_whole(tmp_path)
     files = sorted(tmp_path.iterdir())
     assert len(files) > 2
     files[1].unlink()
     kept = files[0].stat().st_ino
-    opened = write_and_open(records, tmp_path, file_bytes=2000)
+    opened = write_and_open(records, tmp_path, file_bytes=500)
     assert files[0].stat().st_ino == kept and opened.num_files == len(files)
     numbers = np.array([99, 0, 99, 50])
     encoded = [records.encode(n, n + 1).content.tobytes() for n in numbers]

@@ -231,7 +231,7 @@ def fit(
                 mesh=mesh,
                 monitor=monitor,
             )
-            with _open_steps(
+            with open_steps(
                 trainer, batches, data, mesh, phases, start, progress.next_example
             ) as run_steps:
                 state = run.run_to_end(state, run_steps)
@@ -504,7 +504,7 @@ def _steps_in_time(seconds_a_step: float) -> int:
 
 
 @contextlib.contextmanager
-def _open_steps(
+def open_steps(
     trainer: Trainer,
     batches: Batches | Stream,
     data: TrainingData,

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from twotower.config import TrainingConfig
@@ -27,7 +29,11 @@ from twotower.pipeline.streaming.order import shuffled
 from twotower.pipeline.streaming.shards import Shards
 
 _LARGEST_SEED = 2**32
-# Batches that are read at once: a step of an accelerator is shorter than the reading of a batch.
+# Each thread reads several steps, up to so many examples or bytes: a call costs as much as to read
+# some hundred examples.
+_BLOCK_EXAMPLES = 2**13
+_BLOCK_BYTES = 2**20
+# A step of an accelerator is shorter than the reading of a batch.
 _MAX_THREADS = 8
 
 
@@ -113,28 +119,43 @@ class Stream:
         """
         with extra("stream", "config.training.input='stream'"):
             import grain
-        parts = _Parts(self, next_example, steps, part, put)
+        block = min(steps, self._steps_at_once(part.stop - part.start))
+        parts = _Blocks(self, next_example, steps, block, part, put)
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
-        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-        batches = grain.MapDataset.source(parts).to_iter_dataset(options)
-        with contextlib.closing(iter(batches)) as iterator:
-            yield iterator
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+        blocks = grain.MapDataset.source(parts).to_iter_dataset(options)
+        with contextlib.closing(iter(blocks)) as iterator:
+            yield itertools.chain.from_iterable(iterator)
+
+    def _steps_at_once(self, rows: int) -> int:
+        """Returns the number of steps that are read together, for so many rows of each."""
+        num_bytes = self.shards.num_bytes / len(self.records)
+        examples = min(_BLOCK_EXAMPLES, int(_BLOCK_BYTES / num_bytes))
+        return max(1, examples // rows)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-    """The parts of batches as a source that Grain reads: one element for each step."""
+class _Blocks:
+    """Blocks of steps as a source that Grain reads: of each step the part of a batch."""
 
     stream: Stream
     next_example: int
     steps: int
+    block: int
     part: slice
     put: Callable[[Batch], Any]
 
     def __len__(self) -> int:
-        return self.steps
+        return -(-self.steps // self.block)
 
-    def __getitem__(self, index: int) -> Any:
-        start = self.next_example + index * self.stream.batch_size
-        positions = np.arange(start + self.part.start, start + self.part.stop)
-        return self.put(self.stream.load(positions))
+    def __getitem__(self, index: int) -> list[Any]:
+        start = index * self.block
+        steps = np.arange(start, min(start + self.block, self.steps))
+        rows = np.arange(self.part.start, self.part.stop)
+        first = self.next_example + steps * self.stream.batch_size
+        batch = self.stream.load((first[:, None] + rows).reshape(-1))
+        parts = []
+        for number in range(len(steps)):
+            own = slice(number * len(rows), (number + 1) * len(rows))
+            parts.append(self.put(jax.tree.map(lambda x, own=own: x[own], batch)))
+        return parts
