@@ -65,6 +65,7 @@ class DividedIndex:
         """
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         k = list_length(k, self.num_items)
+        # An index refuses 0, which a corpus without items asks for.
         wanted = max(1, k)
 
         def search_part(number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -151,6 +152,7 @@ def find_rows(rows: np.ndarray, shard_rows: np.ndarray) -> tuple[np.ndarray, np.
     if not len(shard_rows):
         return np.zeros(len(rows), bool), np.zeros(0, np.int64)
     position = np.searchsorted(shard_rows, rows)
+    # A row behind the last one is not in the shard, and is compared with that.
     position = np.minimum(position, len(shard_rows) - 1)
     is_inside = shard_rows[position] == rows
     return is_inside, position[is_inside]

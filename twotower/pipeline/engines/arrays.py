@@ -27,6 +27,7 @@ class ArrayFile:
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
         self.dtype = np.dtype(dtype)
         self.shape = shape
+        # Written by hand, since `np.save` wants the whole array.
         header = {
             "descr": np.lib.format.dtype_to_descr(self.dtype),
             "fortran_order": False,
@@ -34,6 +35,7 @@ class ArrayFile:
         }
         self._file: BinaryIO = path.open("wb")
         np.lib.format.write_array_header_1_0(self._file, header)
+        # The rows go past the buffer of the file, straight to their places.
         self._file.flush()
         self._start = self._file.tell()
         self._row_bytes = self.dtype.itemsize * int(np.prod(shape[1:]))
@@ -63,6 +65,7 @@ class ArrayFile:
             ValueError: Other rows were written than the shape has.
         """
         self._file.close()
+        # A row too few would be a row of zeros that nobody notices.
         if self._written != self.shape[0]:
             raise ValueError(f"{self._file.name}: {self._written:,} rows of {self.shape[0]:,}.")
 
@@ -91,6 +94,7 @@ class Scatter:
             positions: Position of each row, int [N].
             rows: int32 [N, width].
         """
+        # By buckets first: single rows all over a disk would be a seek each.
         bucket = (positions // _BUCKET).astype(np.int32)
         order = np.argsort(bucket, kind="stable")
         records = np.empty((len(rows), 1 + self._width), np.int32)
@@ -99,6 +103,7 @@ class Scatter:
         ends = np.cumsum(np.bincount(bucket, minlength=len(self._paths)))
         for path, part in zip(self._paths, np.split(records, ends[:-1]), strict=True):
             if len(part):
+                # Opened each time: a long log has more buckets than a process may hold files open.
                 with path.open("ab") as file:
                     part.tofile(file)
 

@@ -20,6 +20,7 @@ def with_bad_rows(config: Config, max_bad_rows: int | None) -> Config:
     tables = {}
     for name in _TABLES:
         table: TableConfig = getattr(config.data, name)
+        # A number that may be left out asks for leaving out; "skip" and "pad" are left as they are.
         if table.bad_rows == "refuse":
             tables[name] = dataclasses.replace(table, bad_rows="skip")
     return dataclasses.replace(config, data=dataclasses.replace(config.data, **tables))
@@ -35,6 +36,7 @@ def check_bad_rows(dropped: Iterable[Dropped], max_bad_rows: int | None) -> None
     Raises:
         ConfigError: There are more.
     """
+    # Rows without ids and the like are no bad rows.
     notes = [note for note in dropped if note.reason.endswith(SKIPPED)]
     count = sum(note.rows for note in notes)
     if max_bad_rows is None or count <= max_bad_rows:

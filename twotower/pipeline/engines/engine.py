@@ -52,10 +52,12 @@ def prepare_folder(
             configuration.
         OSError: The disk is full.
     """
+    # Both before the folder is locked: a mistake should leave no folder behind.
     run = choose(_ENGINES, engine, "--engine")
     size = parse_memory(memory)
     again = "Then give the same command again: it begins anew."
     with explain_full_disk(folder, again), exclusive(folder, "prepare"):
+        # Looked at under the lock: another process may have finished it meanwhile.
         if data_folder.is_whole(folder):
             data_folder.check_fits(folder, config)
             return DataReport.load(folder)
@@ -76,6 +78,7 @@ def parse_memory(text: str) -> int:
     if not found:
         raise ConfigError(f"--memory={text!r} must be a number of bytes, such as 4GB or 512MB.")
     number, unit, binary = found.groups()
+    # Of 1,000 where people write GB, of 1,024 where they write GiB.
     factor = _UNITS[unit]
     if binary:
         factor = 1024 ** list(_UNITS).index(unit)
@@ -84,6 +87,7 @@ def parse_memory(text: str) -> int:
 
 def _prepare_in_memory(config: Config, folder: Path, memory: int, max_bad_rows: int | None) -> None:
     """Prepares a log that fits into memory, whatever that is."""
+    # All engines are called alike.
     del memory
     prepared = prepare(with_bad_rows(config, max_bad_rows))
     if prepared.report is not None:

@@ -68,6 +68,7 @@ def write_histories(
     """
     start = 0
     levels = {}
+    # Offsets first: they say where in the files the events of each level begin.
     for name in LEVELS:
         counts = user_counts[list(KNOWN_PARTS[name])].sum(axis=0)
         offsets = start + np.append(0, np.cumsum(counts))
@@ -76,13 +77,16 @@ def write_histories(
         start = int(offsets[-1])
     ends = np.cumsum(sizes)
     width = _span_width(feature)
+    # Rows come by user, and spans are kept by the order of the file.
     scatter = Scatter(scratch, int(ends[-1]), width)
     moments = _Moments()
     for block in blocks:
         part = np.searchsorted(ends, block.joined, side="right")
         begin = moments.begin(block)
+        # Of each row, the events that it may know of.
         level_read = np.array(list(EVENTS_READ_BY.values()))[part]
         spans = np.zeros((len(part), width), np.int32)
+        # A row is an event of several levels, and reads one of them.
         for name, level in levels.items():
             is_known = np.isin(part, KNOWN_PARTS[name])
             earlier, last_times = level.add(block, is_known, begin)
@@ -93,6 +97,7 @@ def write_histories(
             spans[rows, 1] = end
             if feature.request_gap:
                 buckets = time_buckets(feature, block.time[rows] - last_times[rows])
+                # An empty history has no last event, and bucket 0.
                 spans[rows, 2] = np.where(end > first, buckets, 0)
         scatter.add(block.joined, spans)
     for level in levels.values():
@@ -110,6 +115,7 @@ def _write_spans(scatter: Scatter, spans: Mapping[str, ArrayFile], sizes: list[i
     ends = np.cumsum(sizes)
     first = 0
     for block in scatter.blocks():
+        # A block may end in the midst of a part, and hold several small ones.
         cuts = np.clip(ends - first, 0, len(block))
         begin = 0
         for file, cut in zip(spans.values(), cuts, strict=True):
@@ -122,6 +128,7 @@ class _Moments:
     """The moments of users: their rows of one time, which do not know of each other."""
 
     def __init__(self):
+        # No user has this number: the first row of all begins a moment.
         self._last = (-1, 0)
 
     def begin(self, block: EventBlock) -> np.ndarray:
@@ -130,6 +137,7 @@ class _Moments:
         time = np.append(self._last[1], block.time)
         is_same = (user[1:] == user[:-1]) & (time[1:] == time[:-1])
         self._last = (int(user[-1]), int(time[-1]))
+        # A moment may have begun in the block before, where its rows are gone by now.
         own = np.where(is_same, -1, np.arange(len(is_same)))
         return np.maximum.accumulate(own)
 
@@ -174,9 +182,11 @@ class _Level:
             self._times.write(place, time)
             self._write_gaps(place, time)
         before = np.cumsum(is_known) - is_known
+        # The last event of the block before stands in front, as the one before the first here.
         times = np.append(self._last_time, time.astype(np.float64))
         earlier = np.where(begin < 0, self._open[0], self._count + before[begin])
         last_times = np.where(begin < 0, self._open[1], times[before[begin]])
+        # For rows of the next block that are of the moment in which this one ends.
         self._open = (int(earlier[-1]), float(last_times[-1]))
         self._count += len(time)
         self._last_time = times[-1]
@@ -186,6 +196,7 @@ class _Level:
         """Writes the times between each event and its neighbours, of which one may come later."""
         if not len(time):
             return
+        # Before the very first event there is none, and the gap is 0.
         previous = time[:1] if np.isnan(self._last_time) else [np.int64(self._last_time)]
         gaps = time_buckets(self._feature, np.diff(time, prepend=previous))
         if self._feature.gaps:
@@ -198,6 +209,7 @@ class _Level:
     def end(self) -> None:
         """Writes what the last event knows of a next one: nothing."""
         if self._feature.request_gap and self._count:
+            # As in memory, where the last time is appended to itself.
             last = time_buckets(self._feature, np.zeros(1))
             self._events[HISTORY_TIME_TO_NEXT].write(self._start + self._count - 1, last)
 

@@ -96,6 +96,7 @@ def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
     forms = {}
     written = {}
     distinct = {}
+    # Forms are those of all distinct ids, which fit into memory where the rows do not.
     for key, column in zip(KEYS, ("u", "i"), strict=True):
         distinct[key] = database.table(
             f"SELECT {column} AS id, min(position) AS first FROM raw WHERE {column} IS NOT NULL "
@@ -104,6 +105,7 @@ def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
         forms[key] = IdForm.find(distinct[key]["id"])
         written[key] = written_forms(distinct[key]["id"])
     contract = Contract(**forms, time=reader.contract.time, written=written)
+    # After the log, whose contract says how their ids are read.
     sides = _side_tables(config, reader.kind)
     _, tables, contract = read_tables([], sides, uses, contract)
     contract = dataclasses.replace(
@@ -126,6 +128,7 @@ def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
     for key, table in entities.items():
         if forms[key] is IdForm.TEXT:
             warnings += near_equal_ids(table[key], "user" if key == "user_id" else "item")
+    # In the order in which memory notes them, so that both reports are the same.
     skipped = skipped_rows(sides)
     if reader.skipped is not None:
         skipped = [reader.skipped, *skipped]
@@ -156,6 +159,7 @@ class _Reader:
 
     def __init__(self, database: Database, config: Config, uses: Uses, separators: dict[str, str]):
         data = config.data
+        # `config.data.path` is a short form, as for a log in memory.
         path = data.path or data.interactions.path
         self._database = database
         self._config = dataclasses.replace(data.interactions, path=path)
@@ -215,8 +219,10 @@ class _Reader:
 
     def _add(self, part: files.Part) -> None:
         describe = functools.partial(_place, part)
+        # Piece by piece, with the file and line of each row for messages.
         raw = self.raw(part.table, describe).with_our_names()
         rows, self.contract = _typed(raw, self._uses, self.contract)
+        # While the columns have Arrow's types: conditions mean the same in both engines.
         failed = _first_failed(rows, self._where)
         if not self._rows:
             self._begin(rows)
@@ -247,6 +253,7 @@ class _Reader:
         """Returns rows with the columns and types of those before."""
         if rows.schema.equals(self.schema):
             return rows
+        # A database has one table: filling columns in would be a second way to join files.
         if rows.column_names != self.schema.names:
             raise ConfigError(
                 f"interactions: {self._files[-1][1]} has the columns "
@@ -288,6 +295,7 @@ def _typed(raw: RawTable, uses: Uses, contract: Contract) -> tuple[pa.Table, Con
     typed = {}
     for name in raw.rows.column_names:
         values = plain_text(raw.rows[name])
+        # Ids stay as the file has them: their form is known when all of them are.
         if name not in KEYS:
             try:
                 values = log_column(name, values, contract, raw)
@@ -344,6 +352,7 @@ def _code(
     try:
         texts = contract.ids(key, distinct["id"])
     except BadValue as error:
+        # The row of a distinct id is that of its first appearance.
         if error.row is not None:
             error.row = distinct["first"][error.row].as_py()
         raise raw.refusal(error, key) from None
@@ -364,6 +373,7 @@ def _join_codes(database: Database, columns: Sequence[str]) -> list[Dropped]:
     database.run("DROP TABLE raw; DROP TABLE users; DROP TABLE items")
     total = database.value("SELECT count(*) FROM log")
     dropped = []
+    # Users first, as in memory: a row without both counts as one without a user.
     for column, key in (("u", "user_id"), ("i", "item_id")):
         before = database.value("SELECT count(*) FROM log")
         missing = database.value(f"SELECT count(*) FROM log WHERE {column} IS NULL")

@@ -75,6 +75,7 @@ def prepare_on_disk(
         OSError: The disk is full.
     """
     spec = with_event_weights(load_spec(config.features), config)
+    # Before the first row is read: a log that needs this engine is read for hours.
     _check_supported(config, spec)
     scratch = folder / SCRATCH
     discard(scratch)
@@ -82,6 +83,7 @@ def prepare_on_disk(
     scratch.mkdir(parents=True)
     try:
         with open_database(scratch, memory) as database:
+            # Closed in between: its memory goes back before arrays are written.
             parts = _read(database, config, spec, folder, max_bad_rows)
         _encode(parts, config, spec, folder, scratch, memory)
     finally:
@@ -122,6 +124,7 @@ def _check_supported(config: Config, spec: FeatureSpec) -> None:
         ),
         f"data.validation.path={data.validation.path!r}": bool(data.validation.path),
         f"data.test.path={data.test.path!r}": bool(data.test.path),
+        # Padded rows are read once more, when the others are known.
         "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
         f"split.kind={config.split.kind!r}": config.split.kind not in ("time", "none"),
         f"split.validation_by={config.split.validation_by!r}": config.split.validation_by != "kind",
@@ -144,6 +147,7 @@ def _check_supported(config: Config, spec: FeatureSpec) -> None:
 def _clear(folder: Path) -> None:
     """Deletes the files that a preparation which was stopped has left."""
     for path in folder.glob("*"):
+        # Nothing else: a folder that was named by mistake may hold anything.
         if re.fullmatch(r"\d{3,}\.npy|\w+\.arrow|report\.json|encoder|\..*\.tmp", path.name):
             discard(path)
 
@@ -157,6 +161,7 @@ def _read(
 ) -> _Divided:
     """Reads, filters, divides and describes the log, and writes its tables."""
     log = read_log(database, with_bad_rows(config, max_bad_rows), spec)
+    # Before anything is filtered or written.
     check_bad_rows(log.dataset.dropped, max_bad_rows)
     log = filter_log(database, log, config.data)
     split_log(database, log, config.split)
@@ -175,6 +180,7 @@ def _read(
         dataset.items.column_names,
         "config.retrieval.display: the items table",
     )
+    # Codes are those of all ids of the log, rows those of the ids that are left.
     user_rows = positions(pa.chunked_array([log.ids["user_id"]]), dataset.users["user_id"])
     item_rows = positions(pa.chunked_array([log.ids["item_id"]]), dataset.items["item_id"])
     numbers.user_rows = user_rows
@@ -219,6 +225,7 @@ def _write_tables(database: Database, log: Log, sizes: list[int], folder: Path) 
     total = sum(sizes)
     writers = []
     places = []
+    # All parts at once: the rows come in the order of the source, once.
     for part in PARTS:
         path = folder / data_folder.table_file(part)
         writers.append(data_folder.TableWriter(path, log.schema))
@@ -231,6 +238,7 @@ def _write_tables(database: Database, log: Log, sizes: list[int], folder: Path) 
             of_part = np.flatnonzero(number == part)
             if len(of_part):
                 writer.write(rows.take(pa.array(of_part)))
+                # The order of the file, by which equal times are ordered.
                 (first + of_part).astype(index_type(total)).tofile(file)
         first += len(rows)
     for writer, file in zip(writers, places, strict=True):
@@ -253,7 +261,9 @@ def _encode(
     train = data_folder.map_table(folder / data_folder.table_file("train"))
     encoder = fit_encoder(spec, train, users=users, items=items)
     encoder = dataclasses.replace(encoder, contract=dataset.contract)
+    # Of its columns and types alone: arrays are described before a row is encoded.
     empty = train.slice(0, 0)
+    # Before the database takes its share of the memory.
     del train
     encoder.save(folder / "encoder")
     features = {
@@ -261,6 +271,7 @@ def _encode(
         "item": encoder.encode("item", items),
     }
     tree = _array_shapes(parts, config, encoder, features, empty)
+    # All files at once and of their whole size, since histories are written at any place of them.
     described = data_folder.describe_arrays(tree)
     files: dict[str, Any] = {}
     for entry in described:
@@ -309,6 +320,7 @@ def _array_shapes(
     tree: dict[str, Any] = {"features": features}
     for name, size in zip(PARTS, parts.sizes, strict=True):
         tree[name] = _sized(_leaves_of(rows), size)
+        # As a part in memory has no times where it has no rows.
         if not size:
             tree[name].pop("timestamp")
     position = np.zeros(0, index_type(sum(parts.sizes)))
@@ -375,6 +387,7 @@ def _write_rows(
     if feature is not None:
         vocabulary = encoder.fitted["user", feature.name].require_vocabulary()
         vocabulary_rows = vocabulary.rows(item_ids)
+        # Four bytes a row less, where they suffice.
         number = "BIGINT" if sum(parts.sizes) >= 2**31 else "INTEGER"
         database.run(
             f"CREATE TABLE events (u INTEGER, t BIGINT, joined {number}, item INTEGER, w FLOAT)"
@@ -394,6 +407,7 @@ def _write_rows(
             if feature is not None:
                 time = encoded.timestamp
                 weights = _log_weights(encoder, rows, time)
+                # What a history needs of a row: the others need not be sorted.
                 columns = [user, time, joined + np.arange(len(rows)), vocabulary_rows[item_codes]]
                 names = ["u", "t", "joined", "item", "w"]
                 database.insert("events", pa.table([*map(pa.array, columns), weights], names))
@@ -401,6 +415,7 @@ def _write_rows(
         positions_file = folder / SCRATCH / f"{part}.positions"
         dtype = files["file_positions"][part].dtype
         with positions_file.open("rb") as file:
+            # In blocks, as everything that is as long as the log.
             while len(values := np.fromfile(file, dtype, BLOCK)):
                 files["file_positions"][part].append(values)
 
@@ -427,6 +442,7 @@ def _append(files: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
 def _blocks_of_file(path: Path) -> Iterator[pa.Table]:
     """Yields the rows of a table of the folder, read and not mapped."""
     with pa.OSFile(str(path)) as file:
+        # Read, since pages of a mapped file count as memory of the process.
         reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)

@@ -46,14 +46,17 @@ def filter_log(database: Database, log: Log, config: DataConfig) -> Log:
             f"SELECT {column} AS value, min(position) AS first FROM log GROUP BY value "
             "ORDER BY first"
         )
+        # Distinct values in the order of their appearance say all that the rows would.
         known = pa.table({condition[0]: values["value"]})
         warnings += describe_absent_values(known, [condition])
     dropped = []
+    # One by one, since each says how many rows it took.
     for number, condition in enumerate(config.where):
         sql = f"DELETE FROM log WHERE failed = {number}"
         dropped.append(_drop(database, f"where {condition!r}", sql))
     if config.duplicates != "all":
         first = "min" if config.duplicates == "first" else "max"
+        # Earliest and latest by time, and by the file among equals: one number to compare.
         moment = f"({log.columns['timestamp']}::HUGEINT * {_POSITIONS} + position)"
         sql = (
             f"DELETE FROM log WHERE {moment} NOT IN "
@@ -92,6 +95,7 @@ def _drop_to_core(database: Database, k: int) -> Dropped:
     """Drops users and items with fewer than k rows, until all have as many."""
     before = database.value("SELECT count(*) FROM log")
     count = before
+    # Dropping a rare user may make an item rare: until nothing changes.
     while True:
         rare = " OR ".join(
             f"{column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) < {k})"
@@ -166,6 +170,7 @@ def split_log(database: Database, log: Log, config: SplitConfig) -> None:
     database.run(f"CREATE VIEW divided AS SELECT *, {part} AS part FROM log")
     sizes = part_sizes(database)
     total = sum(sizes)
+    # Before empty parts are told, as rows of one second are their cause.
     if config.kind == "time" and not is_enough(sizes[0] / total, config):
         column = log.columns["timestamp"]
         (times, counts) = database.columns(
@@ -190,6 +195,7 @@ def _part_by_time(database: Database, column: str, config: SplitConfig) -> str:
     total = database.value("SELECT count(*) FROM log")
     held_out, test = held_out_counts(total, config)
     cases = ""
+    # The first that fits is taken: test rows are after those of validation.
     for count, part in ((test, 2), (held_out, 1)):
         if count:
             cases += f"WHEN {column} >= {_begin_of_last(database, column, count)} THEN {part} "
@@ -208,6 +214,7 @@ def _begin_of_last(database: Database, column: str, count: int) -> int:
     ranges, rows = database.columns(
         f"SELECT {number} AS r, count(*) FROM log GROUP BY r ORDER BY r DESC"
     )
+    # The range in which the row lies; those after it are counted already.
     place = int(np.searchsorted(np.cumsum(rows), count))
     before = int(rows[:place].sum())
     times, rows = database.columns(
@@ -257,6 +264,7 @@ class SqlNumbers:
             return None
         of_items = self.item_counts[part]
         outside = int(of_items[self.item_rows < 0].sum())
+        # Where each row is a query, the share of answers in the corpus.
         recall = (rows - outside) / rows
         if self._config.evaluation.query == "user":
             recall = self._greatest_recall(part)
@@ -276,6 +284,7 @@ class SqlNumbers:
             "SELECT u, count(*), count(*) FILTER (i NOT IN (FROM outside)) "
             f"FROM (SELECT DISTINCT u, i FROM divided WHERE part = {part}) GROUP BY u"
         )
+        # It is made anew for the next part.
         self._database.run("DROP TABLE outside")
         # In the order of users: the last bits of a mean depend on it.
         order = np.argsort(self.user_rows[users])

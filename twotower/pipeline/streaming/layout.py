@@ -81,6 +81,7 @@ class Layout:
         for part in ("head", "event"):
             fields = []
             for name, (kind, _) in (getattr(self, part).fields or {}).items():
+                # Of a subarray type and shape stand apart.
                 fields.append([name, str(kind.base), list(kind.shape)])
             described[part] = fields
         return described
@@ -98,6 +99,7 @@ class Layout:
         if not self.head.itemsize:
             return Encoded(events, ends)
         heads = _to_bytes(head, self.head, len(counts))
+        # Heads and events are put between each other by one assignment, not record by record.
         places = self._head_places(ends - counts * self.event.itemsize)
         content = np.empty(len(heads) + len(events), np.uint8)
         content[places] = heads.reshape(places.shape)
@@ -109,6 +111,7 @@ class Layout:
         content = np.frombuffer(b"".join(records), np.uint8)
         lengths = np.fromiter(map(len, records), np.int64, len(records))
         num_bytes = lengths - self.head.itemsize
+        # The length of a record says how many events it has: no number of them is stored.
         counts = num_bytes // max(1, self.event.itemsize)
         if not self.head.itemsize:
             return {}, _from_bytes(content, self.event), counts
@@ -131,8 +134,10 @@ def _row_type(columns: Columns) -> np.dtype:
 
 def _to_bytes(columns: Columns, kind: np.dtype, count: int) -> np.ndarray:
     """Returns columns [N, ...] as the bytes of N rows."""
+    # An empty type has no bytes to be viewed as.
     if not kind.itemsize:
         return np.zeros(0, np.uint8)
+    # One array of structs, whose bytes lie row by row.
     rows = np.empty(count, kind)
     for name, values in columns.items():
         rows[name] = values

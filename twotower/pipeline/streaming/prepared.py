@@ -26,10 +26,12 @@ def shard_folder(prepared: PreparedData, data: Path) -> Path:
     training = prepared.config.training
     made_from: dict[str, Any] = {
         "version": shards.VERSION,
+        # By content: data that was prepared again alike keeps its shards.
         "content": data_folder.content_of(data),
         "examples": training.examples,
     }
     if prepared.packing is not None:
+        # Packing depends on both, and records on the packing.
         made_from |= {"crop": training.crop, "seed": training.seed}
     return data_folder.resolve(data) / "shards" / content_digest(made_from)[:12]
 
@@ -53,6 +55,7 @@ def write_shards(prepared: PreparedData, data: Path) -> Path:
     first = jax.process_index() == 0
     if first:
         logging.info("Writing %d %s to %s ...", len(records), records.name, folder)
+    # Each process writes every so many files: the first alone would let the others wait.
     shards.write(records, folder, part=jax.process_index(), parts=jax.process_count())
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("all shards are written")

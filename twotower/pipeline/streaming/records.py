@@ -83,6 +83,7 @@ class RowRecords:
             self._event = _flat({"events": histories.training_events})
             self._tables["reads"] = histories.reads
             self._history_length = histories.length
+        # The bucket from the last event to the row, which the row has of its span.
         if self._spans is not None and self._spans.shape[1] > 2:
             self._head[_TIME_TO_ROW] = self._spans[:, 2]
         self.layout = Layout.of(self._head, self._event)
@@ -94,6 +95,7 @@ class RowRecords:
         head = {name: x[start:stop] for name, x in self._head.items()}
         if self._spans is None:
             return self.layout.join(head, {}, np.zeros(stop - start, np.int64))
+        # int64: sums over a block of long histories pass int32.
         begins, ends = self._spans[start:stop, :2].astype(np.int64).T
         counts = ends - begins
         events = np.repeat(begins, counts) + count_up(counts)
@@ -107,6 +109,7 @@ class RowRecords:
         arrays = _nested(head)
         if self._spans is not None:
             ends = np.cumsum(counts)
+            # Spans of the events of this batch, which lie one record after the other.
             spans = [ends - counts, ends]
             if time_to_row is not None:
                 spans.append(time_to_row)
@@ -114,6 +117,7 @@ class RowRecords:
             # A history without events still reads one, and forgets it.
             events = _nested(event)["events"]
             arrays["events"] = {name: _padded(x) for name, x in events.items()}
+        # The arrays hold the rows of the batch alone, so that their order is the batch.
         index = np.arange(len(records))
         return gather_rows(arrays | self._tables, index, history_length=self._history_length)
 
@@ -173,6 +177,7 @@ class SequenceRecords:
         rows = self._order[events]
         columns = {name: x[rows] for name, x in self._of_row.items()}
         columns |= {name: x[events] for name, x in self._of_event.items()}
+        # As a difference: the end itself is a number in the whole log.
         columns[_EVENTS_SINCE] = self._ends[rows] - events
         first_events = np.append(0, np.cumsum(sizes))
         offsets = self._packing.offsets[start : stop + 1] - self._packing.offsets[start]
@@ -184,6 +189,7 @@ class SequenceRecords:
         num_sequences = self._packing.offsets[examples + 1] - first
         sequences = np.repeat(first, num_sequences) + count_up(num_sequences)
         begins, sizes = self._kept(sequences)
+        # Records of another packing would give other rows in silence.
         if sizes.sum() != counts.sum():
             raise FolderError(
                 f"Records hold {counts.sum():,} events, not {sizes.sum():,}: they are those of "

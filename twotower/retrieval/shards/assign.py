@@ -36,6 +36,7 @@ def rows_of_shards(ids: pa.ChunkedArray, shards: int) -> list[np.ndarray]:
     Raises:
         ConfigError: There are more shards than items.
     """
+    # An empty shard would be a process that serves nothing.
     if shards > max(len(ids), 1):
         raise ConfigError(
             f"--shards={shards} are more than the {len(ids)} items: some would be empty. Name "

@@ -128,6 +128,7 @@ class RemoteIndex:
             return empty_lists(len(queries), 0)
         if exclude is None:
             exclude = Ragged.empty(len(queries))
+        # Each shard gets what concerns its own items, by its own rows.
         asked = []
         for rows in self._rows:
             own_only = None
@@ -135,8 +136,10 @@ class RemoteIndex:
                 _, own_only = find_rows(only, rows)
             own = rows_within(exclude, rows)
             asked.append(ShardQuery(queries, k, own, where, own_only, cosine))
+        # In front, so that there is a list to merge where no shard answers in time.
         lists = [empty_lists(len(queries), k)]
         for rows, found in zip(self._rows, self._shards.search(asked), strict=True):
+            # The others answer: a list of most items is better than none.
             if found is not None:
                 scores, own_rows = found
                 lists.append((scores, rows_of_whole(own_rows, rows)))
@@ -170,9 +173,11 @@ class RemoteVectors:
         return self.shape[0]
 
     def __getitem__(self, rows: Any) -> np.ndarray:
+        # As an array has it, for whoever reads blocks.
         if isinstance(rows, slice):
             rows = np.arange(*rows.indices(len(self)))
         rows = np.asarray(rows)
+        # A number, a list or a matrix of rows: shards are asked for a list.
         wanted = rows.reshape(-1)
         vectors = np.zeros((len(wanted), self.shape[1]), np.float32)
         if len(wanted):
@@ -183,4 +188,5 @@ class RemoteVectors:
         return vectors.reshape(*rows.shape, self.shape[1])
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NoReturn:
+        # NumPy would ask for all vectors, and all shards for all that they have.
         raise ConfigError("A router has no item vectors: the shards have them.")

@@ -75,16 +75,19 @@ class Shard:
                     f"--shard={number}: {home} has {has}. `twotower export --shards=S` divides a "
                     "bundle."
                 )
+            # Shards do not read the log of changes: their answers would be of the export.
             check_unchanged(files, manifest)
             part = shard_name(number)
             lost = lost_index_files(files, manifest)
             names = [name for name in manifest["files"] if name.startswith(f"{part}/")]
+            # Not the rest of the bundle: a machine of one shard need not hold the others.
             read = ["config.json", *(name for name in names if name not in lost)]
             check_files(files, {name: manifest["files"][name] for name in read})
             config = from_dict(json.loads((files / "config.json").read_text(encoding="utf-8")))
             vectors, items, counts = read_items(files / part, config)
             indexed = indexed_vectors(config, vectors, counts)
             index = load_part(files, part, manifest, lost, indexed)
+        # A catalogue that never changes, for its snapshot has all conditions and exclusions.
         catalogue = LiveCatalogue.build(index, vectors, items, counts)
         return cls(number, count, manifest, index, catalogue.snapshot)
 
@@ -112,4 +115,5 @@ class Shard:
             while excluded <= min(WARMED_EXCLUSIONS, len(self.snapshot)):
                 rows = np.arange(excluded, dtype=np.int32)
                 self.search(ShardQuery(query, k, Ragged.one(rows)))
+                # Powers of two, for which exact search is compiled.
                 excluded = max(1, 2 * excluded)
