@@ -90,8 +90,8 @@ class LibraryIndex(Index, Protocol):
             normalized: Whether the vectors have length 1.
             popularity: Popularity of each item, [N], for the recall of each decile; see
                 `twotower.index.tuning.tune`.
-            leaves_per_root: Leaves of a tree, or lists of an inverted file, for each of the root
-                of N; the kind's usual number by default. A graph has none.
+            leaves_per_root: Leaves of a tree, or lists of an inverted file, in multiples of the
+                square root of N; the kind's usual multiple by default. A graph has none.
         """
         ...
 
@@ -246,7 +246,8 @@ class Build(NamedTuple):
 
     Attributes:
         kind: Key of `twotower.index.build.KINDS`.
-        leaves_per_root: Leaves for each of the root of N; None takes the kind's usual number.
+        leaves_per_root: Leaves in multiples of the square root of the number of items; None takes
+            the kind's usual multiple.
     """
 
     kind: str

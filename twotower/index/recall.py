@@ -13,7 +13,7 @@ def isin_lists(values: np.ndarray, lists: np.ndarray) -> np.ndarray:
     """Marks the values [Q, K] that stand in the same row of `lists` [Q, M]: bool [Q, K].
 
     Args:
-        values: int [Q, K] below 2^31, of any type; one of -1 stands nowhere.
+        values: int [Q, K] below 2^31, of any integer type; -1, for no item, stands nowhere.
         lists: int [Q, M], likewise.
     """
     # Of an unsigned type, as ScaNN's rows are, -1 would be a number that may stand somewhere.

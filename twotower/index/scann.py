@@ -1,8 +1,8 @@
 """ScaNN with the contract of `Index.search`: trees tuned to a recall target, and brute force.
 
-ScaNN ends the process on vectors that are not finite, answers short queries of codes at random, and
-pads its answers with row 0: everything that goes in and comes out is checked here. It has no wheel
-for every platform; `import_scann` says so.
+ScaNN ends the process on vectors that are not finite, answers queries of small length at random
+where it compares codes, and pads its answers with row 0: everything that goes in and comes out is
+checked here. It has no wheel for every platform; `import_scann` says so.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from twotower.index.tuning import Tuning
 # Below so many vectors ScaNN cannot always train a tree, and has nothing to gain.
 MIN_TREE_VECTORS = 1_000
 MAX_TRAINING_VECTORS = 250_000  # vectors that the leaves of a tree are learned from
-# Leaves for each of the root of N. Measured at 200,000 learned vectors: 1 and 2 look at 1.5 to 3
-# times the items for one recall, and 8 spend more time on choosing leaves than codes save within
-# them.
+# Leaves in multiples of the square root of the number of items. Measured at 200,000 learned
+# vectors: 1 and 2 look at 1.5 to 3 times the items for one recall, and 8 spend more time on
+# choosing leaves than codes save within them.
 LEAVES_PER_ROOT = 3
-# Length below which queries of codes are lengthened: ScaNN rounds what a code adds to a score to a
-# step that does not shrink with the query. Measured: right at 1e-3, arbitrary items without a word
-# from 1e-4 down.
+# Length of a query below which it is lengthened where codes are compared: ScaNN rounds what a code
+# adds to a score to a step that does not shrink with the query. Measured: right at 1e-3, arbitrary
+# items without a word from 1e-4 down.
 MIN_QUERY_LENGTH = 0.1
 MIN_PARALLEL_QUERIES = 256  # queries in a batch from which ScaNN's threads gain anything
 # Kind that is built where another cannot reach its target. A tree that searches all its leaves is

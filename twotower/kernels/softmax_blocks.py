@@ -19,7 +19,17 @@ _MAX_SPREAD = 60.0
 
 
 class GradientInputs(NamedTuple):
-    """Inputs that the loss is differentiated by: vectors, and the logits of single pairs."""
+    """Inputs that the loss is differentiated by: vectors, and the logits of single pairs.
+
+    Attributes:
+        queries: Vectors of the queries.
+        items: Vectors of the candidates.
+        positive: Logit of each query with its positive.
+        hard: Logits of each query with its own hard negatives.
+        scale: Factor of the scores, 1 / temperature.
+        bias: Number added to every logit.
+        weights: Weight of each query in the sum of losses.
+    """
 
     queries: Float[Array, "B D"]
     items: Float[Array, "C D"]
@@ -33,11 +43,19 @@ class GradientInputs(NamedTuple):
 
 
 class LossIds(NamedTuple):
-    """Inputs of the loss that carry no gradient: ids and log expected counts."""
+    """Inputs of the loss that carry no gradient: ids and log expected counts.
+
+    Attributes:
+        positives: Item id of the positive of each query.
+        queries: User id of each query; one that no candidate has where users are not masked.
+        hard_allowed: Whether a hard negative exists and is not the query's own positive.
+        candidates: Item id of each candidate; -1 for padding.
+        candidate_queries: User id of the query that each candidate is the positive of.
+        candidate_log_counts: Log expected count to subtract from the logits of each candidate.
+    """
 
     positives: Int[Array, "B"]
     queries: Int[Array, "B"]
-    # True for hard negatives that exist and are not the query's own positive.
     hard_allowed: Bool[Array, "B H"]
     candidates: Int[Array, "C"]
     candidate_queries: Int[Array, "C"]
@@ -61,7 +79,13 @@ class KernelOptions(NamedTuple):
 
 
 class Operands(NamedTuple):
-    """Vectors in the layouts of the three products."""
+    """Vectors of queries and candidates in the layouts that the matrix products take.
+
+    Attributes:
+        queries: Vectors of the queries.
+        items: Vectors of the candidates.
+        columns: Vectors of the candidates once more, transposed.
+    """
 
     queries: Float[Array, "B D"]
     # Scores multiply by `columns`, gradients of queries by `items`: XLA for CPUs multiplies
@@ -71,7 +95,11 @@ class Operands(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The inputs of one block of n queries; `columns` are the queries once more."""
+    """The inputs of one block of n queries, each a slice of those of all queries.
+
+    `columns` are the vectors of its queries once more, transposed for the product that gives the
+    gradients of the candidates.
+    """
 
     queries: Float[Array, "n D"]
     columns: Float[Array, "D n"]

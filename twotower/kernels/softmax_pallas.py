@@ -52,7 +52,7 @@ class Tiles(NamedTuple):
         rows: Vectors that a program holds, queries or candidates; a power of two.
         columns: Vectors of the other kind that it compares them with at a time; a power of two.
         warps: Groups of 32 threads in a program.
-        stages: Columns that are loaded ahead, in their number of times.
+        stages: Depth of the pipeline by which columns are loaded ahead, Triton's `num_stages`.
     """
 
     rows: int

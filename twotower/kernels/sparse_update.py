@@ -42,8 +42,8 @@ class TableOptimizer(NamedTuple):
     Attributes:
         init: (table [V, D], initial accumulator) -> slots, arrays with V rows.
         update: (table, slots, rows [M], gradients [M, D], learning rate, steps so far) -> (table,
-            slots). Rows are as `merge_duplicates` returns them: distinct, those from V on ignored,
-            and of M = V rows row i in entry i or nowhere.
+            slots). Rows are distinct, and those from V on are ignored. Where there are as many as
+            the table has (M = V), entry i holds row i or an ignored one.
     """
 
     init: Callable[[jax.Array, float], Slots]
