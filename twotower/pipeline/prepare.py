@@ -232,6 +232,7 @@ def read_parts(
         ConfigError: The data cannot be read, or nothing is left of it.
         LeakageError: The split leaks (see `twotower.data.audit`).
     """
+    # The features say how columns are read: as numbers, as times or as text.
     spec = spec or load_spec(config.features)
     uses = spec.uses() | {"log": label_uses(config.objective)}
     # A log in memory has our names and types already.
@@ -301,6 +302,7 @@ def read_and_describe(
     dataset, parts = read_parts(
         config, folder=folder, dataset=dataset, spec=spec, contract=contract
     )
+    # Before anything is encoded: a log of one user trains to nothing, without an error.
     check_log(dataset.interactions, config.data.accept)
     check_labels(dataset.interactions, parts.train, label_columns(config.objective))
     warnings = check_event_weights(dataset.interactions, config.data)
@@ -312,6 +314,7 @@ def read_and_describe(
         "config.retrieval.display: the items table",
     )
     dataset = _restrict_to_corpus(dataset, parts.train)
+    # Once for report and arrays: each row of the log is looked up.
     users = [positions(rows["user_id"], dataset.users["user_id"]) for rows in parts.tables]
     items = [positions(rows["item_id"], dataset.items["item_id"]) for rows in parts.tables]
     report = describe_data(config, spec, dataset, parts, users, items)
@@ -321,6 +324,7 @@ def read_and_describe(
 def _columns_of_items(config: Config, spec: FeatureSpec) -> set[str]:
     """Returns the columns of items that a feature, the lists or the mapping of columns names."""
     names = {*config.retrieval.display, *config.data.item_table.columns}
+    # All that features read, or a column that a rare feature needs would be dropped as varying.
     for feature in spec.item.values():
         names.update(feature.columns_read)
     return names

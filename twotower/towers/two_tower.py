@@ -130,6 +130,7 @@ class TwoTower:
         for side in SIDES:
             example = jax.eval_shape(functools.partial(model._embed_example, side))
             dims[side] = example.shape[-1]
+        # Scores are dot products: a wider vector has no number to be multiplied with.
         if dims["user"] != dims["item"]:
             raise ConfigError(
                 f"The user tower gives vectors of width {dims['user']}, the item tower of width "
@@ -146,6 +147,7 @@ class TwoTower:
     @property
     def history_length(self) -> int:
         """L, the events of a user's history at most; 0 if histories are not read."""
+        # Each feature of the events says how many there are, all of them the same.
         return max((spec.history_length for spec in self.inputs["user"].values()), default=0)
 
     def init(self, key: jax.Array) -> Weights:
@@ -249,6 +251,7 @@ class TwoTower:
         stats = {}
         if "batch_stats" in updates:
             stats = updates["batch_stats"]
+        # Last, so that what a layer does to the length is no part of a score.
         if self.normalize:
             x = l2_normalize(x)
         return x, stats
@@ -264,6 +267,7 @@ class TwoTower:
         to `dim`."""
         rows = self.lookup(side, weights.tables, features)
         vectors, _ = self.vectors(side, weights, rows, features)
+        # Whole vectors have length 1 already where they are normalised.
         if vectors.shape[-1] == self.dim:
             return vectors
         return self.shorten(vectors, self.dim)
@@ -284,6 +288,8 @@ class TwoTower:
         """Returns the divisor of the scores in the loss."""
         log = params["log_temperature"]
         if not self.config.learn_temperature:
+            # It stays among the parameters, so that a checkpoint is the same with and without
+            # learning it.
             log = jax.lax.stop_gradient(log)
         return jnp.exp(log)
 
@@ -295,8 +301,11 @@ class TwoTower:
         columns = {}
         # In the order of the specification: the first dense layer's rows follow it.
         for name, spec in self.inputs[side].items():
+            # Features of the user are columns of the row, those of its events columns of each
+            # event.
             if bool(spec.history_length) != of_events:
                 continue
+            # Numbers and pretrained vectors need no look-up.
             if not spec.table:
                 columns[name] = features[name]
             elif spec.length:
@@ -311,6 +320,7 @@ class TwoTower:
         events = [name for name, spec in self.inputs[side].items() if spec.history_length]
         if not events:
             return None
+        # Several sequences in one row, which must not look at each other.
         segment = features.get(HISTORY_SEGMENT)
         if segment is None:
             valid = features[events[0]] != PADDING
@@ -335,6 +345,7 @@ class TwoTower:
         rows = {}
         features = {}
         for name, spec in self.inputs[side].items():
+            # One row: parameters have the same shapes whatever the batch has.
             shape = (1, *(length for length in (spec.history_length, spec.length) if length))
             if spec.table:
                 features[name] = jnp.zeros(shape, jnp.int32)
@@ -354,6 +365,7 @@ class TwoTower:
 
     def _embed_example(self, side: str) -> jax.Array:
         columns, history = self._example(side)
+        # Any key: under `eval_shape` nothing is drawn.
         variables = self._init_tower(side, jax.random.key(0))
         vectors: Any = self.towers[side].apply(variables, columns, history=history)
         return vectors

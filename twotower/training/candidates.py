@@ -379,6 +379,7 @@ def step_constants(
     if config.popularity:
         table = popularity_table(count_rows(data)["item"], config.alpha)
         constants["popularity"] = put(mesh, table, REPLICATED)
+    # Of training rows alone: what a user disliked later is not known yet.
     if config.explicit:
         labels = data.train.labels[data.config.objective.label]
         pools = explicit_pools(data.train, labels, num_users=len(data.users))
@@ -405,5 +406,6 @@ def count_rows(data: TrainingData) -> dict[str, np.ndarray]:
 
 def corpus_size(data: TrainingData) -> CorpusSize:
     """Returns the sizes of the corpus."""
+    # By targets: an item that all crops leave out is never one, and learns as little.
     unseen = int((count_rows(data)["item"] == 0).sum())
     return CorpusSize(len(data.users), len(data.items), unseen)

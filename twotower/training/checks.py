@@ -60,6 +60,7 @@ def check_kinds(config: Config) -> None:
     LOSSES.check_lost(objective.loss, "config.objective.loss")
     known_losses = {**LOSSES, POINTWISE_LOSS: binary_cross_entropy}
     choose(known_losses, objective.loss, "config.objective.loss", synonyms=LOSSES.synonyms)
+    # For its refusals alone; what it returns is made once more where the loss is.
     loss_options(objective)
     choose(FREQUENCIES, objective.negatives.frequency, "config.objective.negatives.frequency")
     DENSE.choose(training.optimizer.kind, "config.training.optimizer.kind")
@@ -70,6 +71,7 @@ def check_kinds(config: Config) -> None:
     for side, tower in (("user", model.user), ("item", model.item)):
         choose(ACTIVATIONS, tower.activation, f"config.model.{side}.activation")
         tower_options(tower, f"config.model.{side}")
+    # After the kinds: an option of an unknown kind would be called one that nothing reads.
     _check_optimizer(training)
     _check_labels(objective)
     _check_sources(objective)
@@ -114,6 +116,7 @@ def _check_labels(objective: ObjectiveConfig) -> None:
 
 def uses_negatives(objective: ObjectiveConfig) -> bool:
     """Returns whether the loss compares a positive with negatives, and is trained at all."""
+    # With weight 0 the heads alone are trained.
     return objective.loss != POINTWISE_LOSS and bool(objective.weight)
 
 
@@ -209,6 +212,7 @@ def check_matryoshka(widths: tuple[int, ...], dim: int) -> None:
         widths: Option `config.objective.matryoshka`.
         dim: D, width of the vectors.
     """
+    # The whole width is always trained, and would count twice.
     in_range = all(0 < width < dim for width in widths)
     if not in_range or len(set(widths)) < len(widths):
         raise ConfigError(
@@ -271,6 +275,7 @@ def check_batch(training: TrainingConfig, mesh: AnyMesh) -> None:
     size = training.batch_size
     parts = training.accumulate
     devices = mesh.size
+    # All devices run one program of one shape.
     if size % devices:
         below = size // devices * devices
         near = f"{devices}"
@@ -303,6 +308,7 @@ def check_batch_norm(
     samples = negatives.uniform + negatives.popularity
     # The batch's items, the shared samples and the hard negatives are embedded together.
     items = size * (1 + hard) + samples
+    # Rounded up: the device with the most decides.
     rows = {"user": size // devices, "item": -(-items // devices)}
     for side, tower in (("user", config.model.user), ("item", config.model.item)):
         if tower.batch_norm and rows[side] > max_rows:
@@ -311,6 +317,7 @@ def check_batch_norm(
                 f"most {max_rows:,} rows a device; there are {rows[side]:,}. Choose a smaller "
                 "batch, more devices, or layer_norm."
             )
+    # What follows is of the items that a step embeds besides those of its rows.
     if not config.model.item.batch_norm:
         return
     if hard:
@@ -367,7 +374,9 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
     parts = "; ".join(lines)
     logging.info("Memory before activations: %s (%s).", total, parts)
     limit = _free_bytes(mesh)
+    # Before anything is allocated: an accelerator that runs out says how much, and not of what.
     if limit is not None and needed > limit:
+        # As if all of it were divided, which the tables nearly are.
         factor = -(-needed // max(limit, 1))
         raise ConfigError(
             f"The run needs {total}, and {format_bytes(limit)} is free. It holds: {parts}. "

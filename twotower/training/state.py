@@ -106,6 +106,7 @@ class Trainer:
             ConfigError: A loss, optimizer, schedule or estimator is unknown, or options do not go
                 together.
         """
+        # Before sizes are looked at: a misspelt kind is the better message.
         loss, optimizers = resolve_kinds(config)
         check_matryoshka(config.objective.matryoshka, model.dim)
         positions = 1

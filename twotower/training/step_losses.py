@@ -57,6 +57,7 @@ def weight_sums(objective: ObjectiveConfig, batch: Batch) -> dict[str, jax.Array
     if objective.weight:
         sums["retrieval"] = _row_weights(objective, batch).sum()
     for name, head in objective.heads.items():
+        # Each head divides by its own rows: they have labels of their own.
         is_missing = jnp.isnan(batch["labels"][head.label])
         sums[name] = jnp.where(is_missing, 0, batch["weight"]).sum()
     return sums
@@ -87,6 +88,7 @@ def loss_sums(
     objective = trainer.config.objective
     rows = len(batch["user"])
     sums = {}
+    # A pointwise loss compares no candidates.
     if objective.weight and not isinstance(trainer.loss, Loss):
         # Each user with the item of its own row, and no other.
         scores = jnp.sum(vectors["user"] * vectors["item"][:rows], -1)
@@ -230,6 +232,7 @@ def _item_loss_inputs(
     )
 
     def log_count(ids: jax.Array) -> jax.Array:
+        # 0 for all changes no softmax, and no comparison either.
         if not sampling.corrected:
             return jnp.zeros(ids.shape)
         # Users come from the batch alone: it is their only source.
@@ -278,6 +281,7 @@ def _mean_over_widths(
     for width in objective.matryoshka:
         cut = functools.partial(trainer.model.shorten, width=width)
         shorter.append(compare(inputs.map_vectors(cut)))
+    # A mean: with more widths the loss, and with it the learning rate, stays of one size.
     return (whole + sum(shorter)) / (1 + len(shorter))
 
 
