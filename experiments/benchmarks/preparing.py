@@ -2,11 +2,14 @@
 
     python -m experiments.benchmarks.preparing [--rows=10000000] [--kind=csv] [--ids=digits]
 
+    python -m experiments.benchmarks.preparing --workers=duckdb --rows=50000000 --memory=4GB
+
 The log is written in parts, in order of time: 25 rows a user on average, few users with many rows,
 few items with most of them. `my_log.py` prepares it: a split by time, the ids and histories of
 users, the ids of items. Each measurement is a process of its own, so that peaks are its own; the
-peer does with pandas what is needed for the same arrays. `--train` goes on to train the first tenth
-of an epoch, validating as by default.
+peer does with pandas what is needed for the same arrays. `duckdb` is the engine for logs larger
+than memory, which writes its folder as well. `training` goes on to train the first tenth of an
+epoch, validating as by default.
 """
 
 from __future__ import annotations
@@ -33,8 +36,12 @@ from twotower.data.shop.generate import count_items, count_shoppers
 ROWS = flags.DEFINE_integer("rows", 10_000_000, "Number of rows.")
 KIND = flags.DEFINE_enum("kind", "csv", ["csv", "parquet"], "Kind of the file.")
 IDS = flags.DEFINE_enum("ids", "digits", ["digits", "text", "long"], "Form of the ids.")
-TRAIN = flags.DEFINE_bool("train", False, "Also train the first tenth of an epoch.")
-PEER = flags.DEFINE_bool("peer", True, "Also prepare with pandas.")
+WORKERS = flags.DEFINE_list(
+    "workers",
+    ["twotower", "duckdb", "pandas"],
+    "What prepares the log: twotower, duckdb, pandas; training also trains a tenth of an epoch.",
+)
+MEMORY = flags.DEFINE_string("memory", "4GB", "Memory of the engine duckdb.")
 FILE = flags.DEFINE_string("file", "", "Log to prepare; by default one is written first.")
 WORKER = flags.DEFINE_string("worker", "", "What this process measures; for internal use.")
 
@@ -54,22 +61,17 @@ def main(argv: list[str]) -> None:
     rows = ROWS.value
     if QUICK.value:
         rows = min(rows, 1_000_000)
-    workers = ["twotower"]
-    if PEER.value:
-        workers.append("pandas")
-    if TRAIN.value:
-        workers.append("training")
     with tempfile.TemporaryDirectory() as folder:
         path = FILE.value
         if not path:
             path = str(Path(folder) / f"log.{KIND.value}")
             write_log(path, rows, KIND.value, WORDS[IDS.value])
         figures = {}
-        for worker in workers:
+        for worker in WORKERS.value:
             figures[worker] = _run(worker, path)
             print(f"{worker}: {figures[worker]}", flush=True)
     write_json("preparing", figures, unit="seconds and MB", base="pandas")
-    if "pandas" in figures:
+    if {"pandas", "twotower"} <= set(figures):
         ratios = {}
         for name, figure in (("speed", "seconds"), ("memory", "peak_mb")):
             ratios[name] = figures["pandas"][figure] / figures["twotower"][figure]
@@ -125,7 +127,7 @@ def _ids(numbers: np.ndarray, word: str) -> pa.Array:
 def _run(worker: str, path: str) -> dict[str, float]:
     command = [sys.executable, "-m", "experiments.benchmarks.preparing"]
     command += [f"--worker={worker}", f"--file={path}", f"--kind={KIND.value}"]
-    command += [f"--rows={ROWS.value}"]
+    command += [f"--rows={ROWS.value}", f"--memory={MEMORY.value}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -169,6 +171,18 @@ def _prepare(path: str) -> dict[str, float]:
     prepared = prepare(from_dict(_config(path)))
     rows = len(prepared.train) + len(prepared.validation) + len(prepared.test)
     return meter.figures(rows)
+
+
+def _prepare_on_disk(path: str) -> dict[str, float]:
+    from twotower.config import from_dict
+    from twotower.pipeline.engines.engine import prepare_folder
+
+    meter = _Meter()
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        config = from_dict(_config(path))
+        report = prepare_folder(config, Path(folder), engine="duckdb", memory=MEMORY.value)
+    assert report is not None
+    return meter.figures(report.rows)
 
 
 def _train(path: str) -> dict[str, float]:
@@ -240,7 +254,12 @@ def _prepare_with_pandas(path: str) -> dict[str, float]:
     return meter.figures(len(log))
 
 
-_WORKERS = {"twotower": _prepare, "pandas": _prepare_with_pandas, "training": _train}
+_WORKERS = {
+    "twotower": _prepare,
+    "duckdb": _prepare_on_disk,
+    "pandas": _prepare_with_pandas,
+    "training": _train,
+}
 
 
 if __name__ == "__main__":

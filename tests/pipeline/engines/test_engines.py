@@ -1,14 +1,19 @@
 """The engines leave one folder, byte for byte; what stops half-way counts as nothing."""
 
+import errno
+import os
+import re
+
 import numpy as np
 import pytest
 
 from tests.extras import extra
 from twotower.config import from_dict
+from twotower.core.errors import ConfigError
 from twotower.data.sources import delimited
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines import arrays, database, on_disk
-from twotower.pipeline.engines.engine import prepare_folder
+from twotower.pipeline.engines.engine import parse_memory, prepare_folder
 
 extra("duckdb", "duckdb")
 ITEM = {"item_id": {"type": "string", "embedding_size": 8}}
@@ -117,3 +122,73 @@ def test_the_engines_leave_the_same_folder(place, in_pieces, tmp_path, case):
     assert list(in_memory) and in_memory.keys() == on_disk.keys()
     for name, data in in_memory.items():
         assert on_disk[name] == data, name
+
+
+def test_what_was_stopped_begins_anew(place, tmp_path, monkeypatch):
+    config = config_of(place, CASES["ids alone"])
+    options = {"engine": "duckdb", "max_bad_rows": 1}
+    folder = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        # The last step before the manifest.
+        patched.setattr(on_disk.data_folder, "finish", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(config, folder, **options)
+    assert not data_folder.is_whole(folder) and (folder / "train.arrow").exists()
+    # As of another configuration, whose arrays are more.
+    (folder / "099.npy").write_bytes(b"half")
+    (folder / on_disk.SCRATCH).mkdir()
+    prepare_folder(config, folder, **options)
+    prepare_folder(config, tmp_path / "whole", **options)
+    assert content(folder) == content(tmp_path / "whole")
+    # Whole, it is left as it is, and is not that of another configuration.
+    written = (folder / data_folder.MANIFEST).stat().st_mtime_ns
+    assert prepare_folder(config, folder, engine="memory").rows == 697
+    assert (folder / data_folder.MANIFEST).stat().st_mtime_ns == written
+    other = config_of(place, CASES["ids alone"] | {"split": {"validation": 0.2, "test": 0.2}})
+    with pytest.raises(ConfigError, match="prepared by another configuration: .*validation"):
+        prepare_folder(other, folder)
+
+
+def _stop(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_full_disk_is_told_in_one_line(place, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(arrays.os, "pwrite", full)
+    config = config_of(place, CASES["ids alone"])
+    with pytest.raises(OSError, match="the disk is full. Make room. .*begins anew"):
+        prepare_folder(config, tmp_path / "full", engine="duckdb", max_bad_rows=1)
+    assert not data_folder.is_whole(tmp_path / "full")
+
+
+@pytest.mark.parametrize("engine", ["memory", "duckdb"])
+@pytest.mark.parametrize("allowed", [None, 0])
+def test_bad_rows_are_refused_with_file_and_line(place, tmp_path, engine, allowed):
+    config = config_of(place, CASES["ids alone"])
+    with pytest.raises(ConfigError, match=r"a\.log\.csv, line 302"):
+        prepare_folder(config, tmp_path / "bad", engine=engine, max_bad_rows=allowed)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"objective": {"label": "liked"}}, "config.objective.label='liked'"),
+        ({"split": {"kind": "random"}}, "config.split.kind='random'"),
+        ({"data": {"where": (("user_id", "!=", "7"),)}}, "config.data.where="),
+        ({"data": {"source": "shop"}}, "config.data.source='shop'"),
+    ],
+)
+def test_what_an_engine_does_not_do_is_refused_by_name(place, tmp_path, change, words):
+    config = config_of(place, CASES["ids alone"] | change)
+    with pytest.raises(ConfigError, match=f"{re.escape(words)}.* --engine=memory"):
+        prepare_folder(config, tmp_path / "undone", engine="duckdb")
+
+
+def test_memory_is_read_as_people_write_it(place, tmp_path):
+    assert parse_memory("1.5 GB") == 1_500_000_000
+    config = config_of(place, CASES["ids alone"])
+    with pytest.raises(ConfigError, match="--memory='much' must be a number of bytes"):
+        prepare_folder(config, tmp_path / "memory", engine="duckdb", memory="much")

@@ -101,6 +101,8 @@ def open_database(folder: Path, memory: int) -> Iterator[Database]:
         # Where order matters, queries ask for it.
         "preserve_insertion_order": False,
         "threads": min(os.cpu_count() or 1, 8),
+        # Rows are read once or twice: to compress them takes more time than all else.
+        "force_compression": "uncompressed",
     }
     try:
         with duckdb.connect(str(folder / _FILE), config=settings) as connection:
