@@ -4,6 +4,7 @@ index finds."""
 import numpy as np
 import pytest
 
+from tests.index.fakes import UnconditionalIndex
 from tests.index.oracles import (
     assert_same_lists,
     clustered_vectors,
@@ -57,6 +58,18 @@ def test_exact_search_of_what_is_allowed(share):
     for allowed in (AllowedRows.from_mask(mask), AllowedRows.from_rows(np.flatnonzero(mask))):
         found = search_filtered(ExactIndex(ITEMS), ITEMS, QUERIES, 20, exclude, allowed=allowed)
         assert_same_lists(found, expected)
+
+
+@pytest.mark.parametrize("num_items", [0, 12])
+@pytest.mark.parametrize("num_allowed", [0, 2])
+def test_few_items_of_an_index_without_conditions(num_items, num_allowed):
+    """So few that all are fetched: those that are not allowed are dropped all the same."""
+    items = ITEMS[:num_items]
+    mask = np.arange(num_items) < num_allowed
+    found = search_filtered(
+        UnconditionalIndex(items), items, QUERIES, 5, allowed=AllowedRows.from_mask(mask)
+    )
+    assert_same_lists(found, stable_sort(QUERIES, items, 5, allowed=mask))
 
 
 @pytest.fixture(scope="module")

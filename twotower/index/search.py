@@ -120,13 +120,7 @@ def search_filtered(
         first = _first_kept(rows[0], exclude.values, k)
         if len(first) == k:
             return scores[:, first], rows[:, first]
-    keep = rows >= 0
-    # Each test is skipped where nothing can fail it: half of an answer was such overhead.
-    if max_excluded:
-        keep &= ~_is_excluded(exclude, rows)
-    if allowed is not None and len(vectors):  # of an empty corpus there is nothing to test
-        # Row 0 in the place of -1, which would be the last; `keep` is false there already.
-        keep &= allowed.contains(np.maximum(rows, 0))
+    keep = _may_come_back(rows, exclude if max_excluded else None, allowed)
     if keep.shape[1] >= k and keep[:, :k].all():  # nearly always: no list has to be packed
         return scores[:, :k], rows[:, :k]
     scores, rows, lengths = _drop(scores, rows, keep, k)
@@ -146,6 +140,20 @@ def search_filtered(
             extra_coordinate=extra_coordinate,
         )
     return scores, rows
+
+
+def _may_come_back(
+    rows: np.ndarray, exclude: Ragged | None, allowed: AllowedRows | None
+) -> np.ndarray:
+    """Marks the rows [Q, M] that were found, are not excluded and are allowed: bool [Q, M]."""
+    keep = rows >= 0
+    # Each test is skipped where nothing can fail it: half of an answer was such overhead.
+    if exclude is not None:
+        keep &= ~_is_excluded(exclude, rows)
+    if allowed is not None and rows.size:  # of an empty corpus there is nothing to test
+        # Row 0 in the place of -1, which would be the last; `keep` is false there already.
+        keep &= allowed.contains(np.maximum(rows, 0))
+    return keep
 
 
 def _takes_exclusions(index: Index) -> TypeGuard[ExactIndex | DividedIndex]:
