@@ -34,11 +34,11 @@ from twotower.serving import openapi, types
 from twotower.serving.access import Access, Right
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import Answers
-from twotower.serving.direct import EXCHANGE, take_body, write_answer
+from twotower.serving.direct import DirectEndpoint, Headers, Reply
 from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
-from twotower.serving.limits import Limits, check_headers, read_body
+from twotower.serving.limits import Limits, check_headers, check_size, read_body
 from twotower.serving.metrics import Metrics
 from twotower.serving.monitoring.log import Count, RequestLog
 from twotower.serving.page.files import PageFile, page_files
@@ -54,7 +54,6 @@ Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]
 Receive = Callable[[], Awaitable[Any]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
-Headers = list[tuple[bytes, bytes]]
 # (request, id in the path) -> the answer, or a promise of it
 Handle = Callable[[Any, str], Any]
 # (version, request) -> its list
@@ -69,6 +68,8 @@ PROBLEM = b"application/problem+json"
 TEXT = b"text/plain; version=0.0.4; charset=utf-8"
 # No page may guess another type from a value in an answer, and nothing keeps what is personal.
 COMMON = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store")]
+JSON_HEADERS = [(b"content-type", JSON), *COMMON]
+TEXT_HEADERS = [(b"content-type", TEXT), *COMMON]
 
 
 class Endpoint:
@@ -86,6 +87,7 @@ class Endpoint:
         request: Type of the body; None without one.
         answer: Type of the answer; None of text.
         changes: Whether it changes something that all processes share.
+        waits: Whether it may wait for something, such as a disk, before it answers.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class Endpoint:
         always: bool = False,
         needs_token: bool = False,
         changes: bool = False,
+        waits: bool = True,
     ):
         """Prepares the endpoint.
 
@@ -117,7 +120,9 @@ class Endpoint:
             always: Whether it answers before the server is ready.
             needs_token: Whether nobody has the right where no token is set for it.
             changes: Whether it changes something that all processes share.
+            waits: Whether it may wait for something before it answers.
         """
+        self.waits = waits
         self.name = name
         self.method, self.path = route.split()
         self.summary = summary
@@ -144,71 +149,77 @@ class Endpoint:
         start = time.perf_counter()
         app = self._app
         body = b""
-        status = 200
-        version = ""
-        kind = JSON
-        headers = COMMON
         try:
             # Before the body is read: a stranger must not make the server take in a megabyte.
-            if self._is_guarded:
-                self._admit(scope["headers"])
-            if not self._always and app.status not in _ANSWERING:
-                raise app.not_ready()
+            self._check(scope["headers"])
             request = None
             if self._decoder is not None:
-                check_headers(scope["headers"], app.limits.body)
-                body = await self._receive(scope, receive)
+                body = await read_body(receive, app.limits)
                 request = self._read(body)
             item_id = ""
             if "path_params" in scope:
                 item_id = scope["path_params"].get("item_id", "")
             result = self._respond(request, item_id)
-            # Lists are made at once; only what waits, for a disk or another process, is a
-            # coroutine.
+            # Only what waits, for a disk or another process, is a coroutine.
             if isinstance(result, CoroutineType):
                 result = await result
-            payload = self._write(result)
-            version = getattr(result, "model_version", "")
-            if self.answer is None:
-                kind = TEXT
-            # Probes of Kubernetes and of balancers look at the status alone.
-            elif isinstance(result, types.Status) and result.status != "ok":
-                status = 503
+            reply = self._reply(result)
         # The client has gone; nobody would read a refusal.
         except ConnectionError:
             return
         # The server goes on, whatever one request does.
         except Exception as error:
-            kind = PROBLEM
-            status, payload, headers = self._refuse(error, body)
-        headers = [(b"content-type", kind), (b"content-length", b"%d" % len(payload)), *headers]
-        await self._send(scope, send, status, headers, payload)
+            reply = self._refuse(error, body)
+        length = (b"content-length", b"%d" % len(reply.body))
+        headers = [length, *reply.headers, *app.closing]
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+        await send({"type": "http.response.body", "body": reply.body})
         # Refusals too: a rise of them is what alarms are set to.
-        app.count_request(self.name, status, version, time.perf_counter() - start)
+        app.count_request(self.name, reply.status, reply.version, time.perf_counter() - start)
 
-    async def _receive(self, scope: Scope, receive: Receive) -> bytes:
-        """Returns the body of a request; see `read_body`."""
-        limits = self._app.limits
-        if EXCHANGE in scope:
-            body = take_body(scope[EXCHANGE])
-            # A longer one is left to messages, which refuse it as one that comes in parts.
-            if body is not None and len(body) <= limits.body:
-                return body
-        return await read_body(receive, limits)
+    def reply(self, headers: Headers, body: bytes) -> Reply:
+        """Returns the reply to a whole request, of an endpoint that does not wait.
 
-    async def _send(
-        self, scope: Scope, send: Send, status: int, headers: Headers, payload: bytes
-    ) -> None:
-        """Sends an answer."""
-        closing = self._app.closing
-        # HEAD has headers alone, and a server that ends says so of each connection: uvicorn does
-        # both.
-        if EXCHANGE in scope and not closing and scope["method"] != "HEAD":
-            if write_answer(scope[EXCHANGE], status, headers, payload):
-                return
-        start = {"type": "http.response.start", "status": status, "headers": [*headers, *closing]}
-        await send(start)
-        await send({"type": "http.response.body", "body": payload})
+        Args:
+            headers: Headers of the request, their names in small letters.
+            body: Body of the request.
+        """
+        start = time.perf_counter()
+        app = self._app
+        try:
+            self._check(headers)
+            check_size(body, app.limits)
+            reply = self._reply(self._respond(self._read(body), ""))
+        # The server goes on, whatever one request does.
+        except Exception as error:
+            reply = self._refuse(error, body)
+        app.count_request(self.name, reply.status, reply.version, time.perf_counter() - start)
+        return reply
+
+    def _check(self, headers: Headers) -> None:
+        """Refuses a request by its headers, or because the server is not ready.
+
+        Raises:
+            RequestError: It is refused.
+        """
+        app = self._app
+        if self._is_guarded:
+            self._admit(headers)
+        if not self._always and app.status not in _ANSWERING:
+            raise app.not_ready()
+        if self._decoder is not None:
+            check_headers(headers, app.limits.body)
+
+    def _reply(self, result: Any) -> Reply:
+        """Returns the reply that tells a result."""
+        version = getattr(result, "model_version", "")
+        if self.answer is None:
+            return Reply(200, TEXT_HEADERS, result, version)
+        status = 200
+        # Probes of Kubernetes and of balancers look at the status alone.
+        if isinstance(result, types.Status) and result.status != "ok":
+            status = 503
+        return Reply(status, JSON_HEADERS, self._write(result), version)
 
     async def make(self, request: Any, item_id: str) -> Any:
         """Returns the answer of this process to a request that changes something."""
@@ -234,10 +245,10 @@ class Endpoint:
         if not self._is_open:
             app.access.check(self.right, granted)
 
-    def _refuse(self, error: Exception, body: bytes) -> tuple[int, bytes, Headers]:
-        """Returns the status, the body and the headers of a refusal."""
+    def _refuse(self, error: Exception, body: bytes) -> Reply:
+        """Returns the reply that tells a refusal."""
         refusal = explain(error, self.request, body)
-        return refusal.status, self._app.write_problem(refusal), _headers_of(refusal)
+        return Reply(refusal.status, _headers_of(refusal), self._app.write_problem(refusal))
 
     def _read(self, body: bytes) -> Any:
         aliases = self._app.aliases
@@ -249,8 +260,6 @@ class Endpoint:
         return msgspec.convert(aliases.to_ours(msgspec.json.decode(body)), self.request)
 
     def _write(self, result: Any) -> bytes:
-        if self.answer is None:
-            return result
         # A dict is the description of the API, which has the names of the shop already.
         if self._app.aliases is None or isinstance(result, dict):
             return ENCODER.encode(result)
@@ -272,6 +281,7 @@ class Service:
         accepted: Number of requests that were accepted and are not answered yet.
         closing: Header that ends connections, while the server stops.
         endpoints: Endpoints.
+        direct: Endpoint that waits for nothing, by its path.
     """
 
     def __init__(
@@ -312,6 +322,9 @@ class Service:
         self.endpoints = endpoints
         # Name -> endpoint that changes something.
         self.changing = {each.name: each for each in self.endpoints if each.changes}
+        self.direct: dict[bytes, DirectEndpoint] = {
+            endpoint.path.encode(): endpoint for endpoint in self.endpoints if not endpoint.waits
+        }
         # Looked up before Starlette, whose routes are tried one after another.
         self._fast: dict[tuple[str, str], Application] = {
             (endpoint.method, endpoint.path): endpoint
@@ -677,6 +690,7 @@ class App(Service):
             lambda asked, _: function(asked),
             request=request,
             answer=answer,
+            waits=False,
         )
 
     def _make_batch(
@@ -1000,7 +1014,7 @@ async def _answer_each(function: Callable[[Any], Any], requests: Sequence[Any]) 
 
 
 def _headers_of(refusal: RequestError) -> Headers:
-    headers = list(COMMON)
+    headers = [(b"content-type", PROBLEM), *COMMON]
     if refusal.retry_after:
         headers.append((b"retry-after", b"%d" % refusal.retry_after))
     if refusal.status == 401:

@@ -85,8 +85,7 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
     # Most bodies came with their head.
     if message["type"] == "http.request" and not message.get("more_body"):
         body: bytes = message.get("body", b"")
-        if len(body) > limits.body:
-            raise _too_large(limits.body)
+        check_size(body, limits)
         return body
     parts: list[bytes] = []
     size = 0
@@ -111,6 +110,16 @@ async def read_body(receive: Receive, limits: Limits) -> bytes:
             f"The body did not arrive within {limits.seconds:g} seconds.",
             cure="Send it faster.",
         ) from None
+
+
+def check_size(body: bytes, limits: Limits) -> None:
+    """Refuses a body that is too long.
+
+    Raises:
+        RequestError: It is.
+    """
+    if len(body) > limits.body:
+        raise _too_large(limits.body)
 
 
 def _too_large(limit: int) -> RequestError:

@@ -20,7 +20,6 @@ from typing import Any
 
 import uvicorn
 from absl import logging as absl_logging
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from twotower.core.errors import ConfigError
 from twotower.serving import types
@@ -28,7 +27,7 @@ from twotower.serving.access import Access
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import FindVector
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send, Service
-from twotower.serving.direct import EXCHANGE
+from twotower.serving.direct import DirectProtocol, Headers
 from twotower.serving.errors import RequestError
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
@@ -192,6 +191,8 @@ def serve(app: Service, bound: socket.socket) -> None:
         """Connections of this server."""
 
     Protocol.served = app
+    Protocol.direct = app.direct
+    Protocol.idle_seconds = limits.idle
     absl_logging.get_absl_handler().addFilter(_is_of_the_server)
     config = uvicorn.Config(
         app,
@@ -273,7 +274,7 @@ class _Server(uvicorn.Server):
             yield
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(DirectProtocol):
     """A connection with bounds.
 
     Attributes:
@@ -350,8 +351,7 @@ class _Protocol(HttpToolsProtocol):
             return
         # Several requests of one connection are answered in their order: only where none is before
         # it is this one refused at once.
-        is_first = self.cycle is None or self.cycle.response_complete
-        if is_first:
+        if self.is_free:
             self._is_shed = True
             return
         self.app = _shed
@@ -382,13 +382,17 @@ class _Protocol(HttpToolsProtocol):
 
     async def _accept(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request that was accepted."""
-        exchange: Any = send
-        # `send` is a method of uvicorn's exchange, which is handed over in no other way.
-        scope[EXCHANGE] = exchange.__self__
         try:
             await self.served(scope, receive, send)
         finally:
             self.served.accepted -= 1
+
+    @property
+    def closing(self) -> Headers:
+        return self.served.closing
+
+    def on_direct_end(self) -> None:
+        self.served.accepted -= 1
 
     def on_response_complete(self) -> None:
         # The rest of a body that nobody reads would be taken for the next request.
