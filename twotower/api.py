@@ -17,10 +17,13 @@ import pyarrow as pa
 
 from twotower import fitting, refitting
 from twotower.config import Config, RetrievalConfig
-from twotower.core.errors import ConfigError
+from twotower.core.errors import BundleError, ConfigError
 from twotower.core.fields import build
 from twotower.core.files import read_json
 from twotower.core.install import command
+from twotower.core.remote.copies import fetch_bundle as fetch_remote_bundle
+from twotower.core.remote.mirror import is_copy, mirrored, push
+from twotower.core.remote.objects import is_remote
 from twotower.data.dataset import Dataset
 from twotower.data.facts import LogFacts
 from twotower.data.report import DataReport, log_report, print_report
@@ -81,6 +84,7 @@ from twotower.training.grow import grow as make_grown
 from twotower.training.loop import OnValidation
 from twotower.training.metrics import read_lines
 from twotower.training.monitoring.monitor import NOT_ASKED, Monitoring
+from twotower.training.processes import is_one_of_several
 
 FEW_ROWS = 5_000  # training rows below which towers hardly learn more than what is popular
 
@@ -502,10 +506,16 @@ def train_in_folder(
         on_validation: Function that is told of each validation; see `twotower.training.loop.fit`.
         monitoring: What is watched while it trains.
     """
+    workdir = run_folder.local_folder(workdir)
+    if is_copy(workdir) and is_one_of_several():
+        raise ConfigError(
+            "--workdir: several processes need one folder that all of them see. Mount the bucket "
+            "on each machine, and name the folder there."
+        )
     check_names(config, workdir)
     # Entered before the training, so that a run that fails is marked as failed there; begun only
     # when the data was found right.
-    with follow(Path(workdir), tracking) as start_log:
+    with mirrored(workdir), follow(workdir, tracking) as start_log:
 
         def begin(report: DataReport) -> None:
             tell(report)
@@ -558,6 +568,7 @@ def refit_in_folder(workdir: Path | str, *, on_top: bool = False, devices: int =
     """Trains as `refit` does, and returns the folder of the refit without loading it."""
     begun = refitting.begin_refit(workdir, on_top=on_top)
     train_in_folder(begun.config, begun.folder, devices=devices, dataset=begun.dataset)
+    push(begun.folder)
     # After the training: a refit that was stopped has no record, and says nothing of itself.
     refitting.write_record(begun)
     print(refitting.format_record(begun.record))
@@ -767,6 +778,7 @@ def export(
         log_linked(run.workdir, bundle=True)
     else:
         track(run.workdir, bundle=True, registration=registration)
+    push(run.workdir)
     return bundle
 
 
@@ -895,6 +907,7 @@ def evaluate(
         measured["tuning"] = tuning
     measure.write_metrics(measured, measured_path(run, measured))
     log_linked(run.workdir)
+    push(run.workdir)
     return measured
 
 
@@ -1276,7 +1289,8 @@ def load_retriever(folder: Path | str) -> Retriever:
 
     Args:
         folder: Such a folder: runs/mine/bundle, runs/mine, or runs/mine/checkpoints/1000; or a
-            bundle in MLflow: models:/NAME/VERSION, models:/NAME@ALIAS or runs:/RUN_ID/bundle.
+            bundle in MLflow: models:/NAME/VERSION, models:/NAME@ALIAS or runs:/RUN_ID/bundle. Also
+            the address of a bundle or a run in a bucket: gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.
 
     Raises:
         BundleError: The folder is none of these, or the bundle is not whole.
@@ -1286,7 +1300,7 @@ def load_retriever(folder: Path | str) -> Retriever:
         folder = fetch_bundle(str(folder))
         # The plugins of its run are imported first, as of a run here.
         load_config(folder.parent)
-    folder = Path(folder)
+    folder = _local_bundle_or_run(folder)
     workdir = run_of(folder)
     if workdir is None:
         return Retriever.load(folder)
@@ -1298,3 +1312,14 @@ def load_retriever(folder: Path | str) -> Retriever:
     if (workdir / BUNDLE).exists():
         return Retriever.load(workdir / BUNDLE)
     return Retriever(make_bundle(load_run(workdir)))
+
+
+def _local_bundle_or_run(folder: Path | str) -> Path:
+    """Returns a folder, that of an address as its copy on this machine."""
+    if not is_remote(folder):
+        return Path(folder)
+    try:
+        return fetch_remote_bundle(folder)
+    except BundleError:
+        # A run, perhaps; its own loading says what is missing.
+        return run_folder.local_folder(folder)

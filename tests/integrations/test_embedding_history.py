@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.extras import extra
-from twotower.core.errors import HistoryError, QueryError
+from twotower.core.errors import ConfigError, HistoryError, QueryError
 from twotower.integrations.embedding_history import (
     EmbeddingHistory,
     Version,
@@ -243,8 +243,8 @@ def test_dates_and_places_are_checked(history):
     for text in ("2026-11-31", "20261125", "today", "2026-W48-3"):
         with pytest.raises(HistoryError, match=f"--run_date='{text}' must be a date"):
             parse_date(text, "--run_date")
-    with pytest.raises(HistoryError, match="must be a folder of this machine"):
-        EmbeddingHistory("gs://bucket/history")
+    with pytest.raises(ConfigError, match="history=hdfs://host/x: addresses begin with gs://"):
+        EmbeddingHistory("hdfs://host/x")
     with pytest.raises(HistoryError, match="has no item vectors yet"):
         history.dataset("item")
     history.append(version(), {"item": [block(1)]})

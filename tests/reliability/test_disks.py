@@ -6,13 +6,14 @@ import errno
 import os
 import shutil
 import subprocess
+import threading
 
 import jax.numpy as jnp
 import pytest
 
 from tests.reliability.faults import Killed, sweep
 from twotower.core.errors import TwotowerError
-from twotower.core.files import explain_full_disk
+from twotower.core.files import explain_full_disk, is_disk_full
 from twotower.retrieval import export as export_module
 from twotower.retrieval.export import export, make_bundle
 from twotower.retrieval.retriever import Retriever
@@ -149,6 +150,55 @@ def test_a_checkpoint_on_a_full_disk_leaves_the_one_before(small_disk):
         checkpoints.save(2, state, record={}, metrics={"m": 0.7})
         checkpoints.wait()
         assert checkpoints.best() == 2
+
+
+def test_a_save_that_failed_is_told_by_the_next_one_and_no_step_is_dropped(small_disk):
+    """Orbax below 0.12.10 drops steps after a failed save: no further one may be asked of it."""
+    state = {"table": jnp.arange(100_000.0)}
+    disk = small_disk(10_000_000)
+    options = {"metric": "m", "keep": 2, "run": "r"}
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(disk / "run", **options))
+        checkpoints.save(1, state, record={}, metrics={})
+        checkpoints.wait()
+        fill(disk, 50_000)
+        checkpoints.save(2, state, record={}, metrics={})
+        # There is room again before anybody asks how the save ended.
+        while any(thread.name == "save_finalize" for thread in threading.enumerate()):
+            threading.Event().wait(0.01)
+        (disk / "filler").unlink()
+        with pytest.raises(Exception) as caught:
+            checkpoints.save(3, state, record={}, metrics={})
+        assert is_disk_full(caught.value)
+        stack.pop_all()
+    with Checkpoints(disk / "run", **options) as again:
+        assert again.latest() == 1
+        for step in (2, 3):
+            again.save(step, state, record={}, metrics={})
+        again.wait()
+        assert again.latest() == 3
+
+
+def test_a_folder_that_cannot_be_written_is_told_at_once_and_nothing_waits_for_it(small_disk):
+    """Orbax's threads would wait for twenty minutes, and the process could not end."""
+    disk = small_disk(10_000_000)
+    state = {"table": jnp.arange(10.0)}
+    with Checkpoints(disk / "run", metric="m", keep=2, run="r") as checkpoints:
+        checkpoints.save(1, state, record={}, metrics={})
+        checkpoints.wait()
+        folder = str(disk / "run")
+        subprocess.run(["mount", "--bind", folder, folder], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
+        before = threading.active_count()
+        try:
+            with pytest.raises(OSError, match="Read-only file system"):
+                checkpoints.save(2, state, record={}, metrics={})
+        finally:
+            subprocess.run(["umount", "-l", folder], check=True)
+        assert threading.active_count() == before
+        checkpoints.save(2, state, record={}, metrics={})
+        checkpoints.wait()
+        assert checkpoints.latest() == 2
 
 
 @pytest.mark.parametrize("file", ["metrics.jsonl", "tensorboard"])

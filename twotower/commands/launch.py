@@ -73,9 +73,16 @@ def run(command: Command) -> None:
     # While modules are imported there is nothing to tidy up, and an exception could be swallowed.
     signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
 
+    def work() -> None:
+        # Imported here: `--help` need not wait for it.
+        from twotower.commands.pods.remote_folders import local_copies
+
+        with local_copies(command.FLAGS):
+            command.main()
+
     def main(argv: list[str]) -> None:
         signal.signal(signal.SIGINT, _interrupt)
-        call(command.main, argv)
+        call(work, argv)
 
     app.run(main, flags_parser=lambda argv: parse(command, argv))
 

@@ -31,6 +31,8 @@ from twotower.config import Config
 from twotower.core.errors import HistoryError
 from twotower.core.files import atomic, content_digest
 from twotower.core.progress import progress
+from twotower.core.remote.mirror import pull, push
+from twotower.core.remote.objects import is_remote
 from twotower.core.tables import format_table
 from twotower.index.base import check_vectors
 from twotower.retrieval.retriever import Retriever
@@ -104,23 +106,19 @@ class EmbeddingHistory:
     """The history in a folder, which need not exist yet.
 
     Args:
-        folder: Folder of the history.
+        folder: Folder of the history, or its address in a bucket.
         tables: Names of the tables of "user" and "item", in the folder and in BigQuery.
     """
 
     def __init__(self, folder: str | os.PathLike, tables: Mapping[str, str] = TABLES):
-        # A bucket has no rename that replaces a whole file at once, which `atomic` needs.
-        if "://" in str(folder):
-            raise HistoryError(
-                f"history={folder} must be a folder of this machine (or one mounted into it)."
-            )
         # Sides in one table would replace each other's files.
         names = list(tables.values())
         for side, name in tables.items():
             check_table_name(name, f"the table of {side} vectors")
         if len(set(names)) < len(names):
             raise HistoryError(f"the tables of users and items must differ; both are {names[0]!r}.")
-        self.folder = Path(folder)
+        # A bucket has no rename that replaces a whole file at once, which `atomic` needs.
+        self.folder = pull(folder, "history") if is_remote(folder) else Path(folder)
         self.tables = tables
 
     def append(self, version: Version, sides: Mapping[str, Iterable[Block]]) -> None:
@@ -145,6 +143,7 @@ class EmbeddingHistory:
                     leftover.unlink(missing_ok=True)
                 temporary = stack.enter_context(atomic(path))
                 _write(temporary, version, blocks, what=f"{side} vectors of {version.name}")
+        push(self.folder)
 
     def files(self, side: str, run_date: datetime.date | None = None) -> list[VectorFile]:
         """Lists the files of a side, of one date or of all, by date and then by run id."""

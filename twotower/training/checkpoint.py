@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -159,6 +160,8 @@ class Checkpoints:
             record: Progress of the loop, as JSON.
             metrics: Validation metrics.
         """
+        if jax.process_index() == 0:
+            self._check_writable()
         # The checksum waits for the step that made the state; the copy of the state is then
         # asynchronous.
         checked = {"run": self._run, "checksum": checksum(state), "loop": dict(record)}
@@ -168,6 +171,16 @@ class Checkpoints:
         # By force: asked whether a save is due, Orbax would ask JAX whether the run is preempted,
         # with another count than the loop's.
         self._manager.save(step, args=items, metrics=dict(metrics), force=True)
+
+    def _check_writable(self) -> None:
+        """Makes and deletes a folder.
+
+        Where Orbax cannot make its own, its threads and the other processes wait for that for
+        twenty minutes.
+        """
+        probe = self.folder / f".writable-{secrets.token_hex(4)}"
+        probe.mkdir()
+        probe.rmdir()
 
     def latest(self) -> int | None:
         """Returns the step of the latest checkpoint; None if there is none."""

@@ -22,6 +22,8 @@ from twotower.core.files import LOCK, atomic, exclusive, explain_full_disk
 from twotower.core.install import command
 from twotower.core.kinds import write_record
 from twotower.core.mesh import make_mesh
+from twotower.core.remote.mirror import pull
+from twotower.core.remote.objects import is_remote
 from twotower.data.dataset import Dataset
 from twotower.data.report import DataReport, log_report
 from twotower.features.encoder import Encoder
@@ -45,6 +47,7 @@ from twotower.training.checks import check_batch, check_memory, fits
 from twotower.training.init import abstract_state
 from twotower.training.loop import Miner, OnValidation, Validate, fit, open_checkpoints
 from twotower.training.monitoring.monitor import NOT_ASKED, Monitoring
+from twotower.training.monitoring.step_work import with_rates
 from twotower.training.state import Trainer, TrainState, resolve_kinds
 
 MakeValidate = Callable[[PreparedData, TwoTower], Validate]
@@ -160,7 +163,7 @@ def train(
             mine=mine,
             on_validation=on_validation,
             mesh=mesh,
-            monitoring=monitoring.with_rates(trainer, prepared, mesh),
+            monitoring=with_rates(monitoring, trainer, prepared, mesh),
         )
 
 
@@ -302,12 +305,14 @@ def _abstract_where_it_fits(trainer: Trainer) -> TrainState:
 
 
 def local_folder(folder: Path | str, flag: str = "--workdir") -> Path:
-    """Returns a folder as a path; refuses the address of a bucket."""
-    # `Path` would make "gs://bucket" a local folder named "gs:".
-    if "://" in str(folder) or str(folder).startswith("gs:/"):
-        raise ConfigError(
-            f"{flag}={folder} must be a folder of this machine (or one mounted into it)."
-        )
+    """Returns a folder as a path, that of an address as its copy on this machine.
+
+    Args:
+        folder: Folder, or an address such as gs://BUCKET/FOLDER.
+        flag: Name of the flag that holds it.
+    """
+    if is_remote(folder):
+        return pull(folder, flag)
     return Path(folder)
 
 

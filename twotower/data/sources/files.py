@@ -21,6 +21,8 @@ from twotower.config import TableConfig
 from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.install import command
+from twotower.core.remote.copies import fetch_tables
+from twotower.core.remote.objects import is_remote
 from twotower.data.dataset import collapse
 from twotower.data.sources import content, delimited, json_files, named
 from twotower.data.sources.content import Content, Kind
@@ -161,7 +163,7 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
     """Returns the files of a path, folder or glob, by name.
 
     Environment variables and ~ are expanded. dataset:NAME/FILE is a file of a known data set,
-    which is downloaded if need be.
+    which is downloaded if need be. Files at addresses such as s3://BUCKET/FOLDER are copied.
 
     Raises:
         ConfigError: There is no file.
@@ -175,13 +177,7 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
     # Before anything is expanded: it is no path of this machine.
     if path.startswith(named.PREFIX):
         return [named.find_file(path, field)]
-    # Here rather than by a shell: paths come from configuration files.
-    expanded = os.path.expanduser(os.path.expandvars(path))
-    # A variable that is not set stays in the path as it was written.
-    unset = re.search(r"\$\{?(\w+)", expanded)
-    # A file may have a dollar sign in its name.
-    if unset and not os.path.exists(expanded):
-        raise ConfigError(f"{field}={path!r}: the environment variable {unset[1]} is not set.")
+    expanded = _expand(path, field)
     if os.path.isdir(expanded):
         # A folder of files of another kind is that table all the same.
         by_preference = sorted(content.SUFFIXES, key=lambda other: other != kind)
@@ -203,6 +199,19 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
         hint = _similar_file_hint(Path(expanded), kind)
         raise ConfigError(f"{field}={path!r}: there is no such file{location}{hint}.")
     return files
+
+
+def _expand(path: str, field: str) -> str:
+    """Returns a path with variables and ~ expanded, that of a copy where it is an address."""
+    # Here rather than by a shell: paths come from configuration files.
+    expanded = os.path.expanduser(os.path.expandvars(path))
+    # A variable that is not set stays in the path as it was written.
+    unset = re.search(r"\$\{?(\w+)", expanded)
+    if unset and not os.path.exists(expanded):
+        raise ConfigError(f"{field}={path!r}: the environment variable {unset[1]} is not set.")
+    if is_remote(expanded):
+        return fetch_tables(expanded, field)
+    return expanded
 
 
 @dataclasses.dataclass(frozen=True)

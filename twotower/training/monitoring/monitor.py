@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from absl import logging
-from jax.sharding import Mesh
 
-from twotower.pipeline.prepare import PreparedData
 from twotower.training.metrics import StepMetrics
 from twotower.training.monitoring.goodput import format_ledger
 from twotower.training.monitoring.heartbeat import Heartbeat
 from twotower.training.monitoring.phases import Phase, Phases
 from twotower.training.monitoring.profile import Profiler
-from twotower.training.monitoring.rates import Rates, device_name, find_kind
-from twotower.training.planning.plan import step_cost
-from twotower.training.planning.shapes import prepared_shapes
-from twotower.training.state import Trainer
 
 # Phases of which a line of metrics has the seconds of a step.
 _OF_STEP: tuple[Phase, ...] = ("input", "compute", "checkpoint", "validation")
@@ -32,27 +27,13 @@ class Monitoring:
         kind: Kind of the devices, whose peaks are compared with, a key of
             `twotower.training.planning.peaks.CHIPS`; "" takes that of the devices, if it is known.
         profile_steps: First and last step of a profile; None for no profile.
-        rates: Work of a step against the devices' peaks; None where these are not known.
+        rates: Function from the seconds of a step to what it reaches of the devices' peaks, see
+            `twotower.training.monitoring.rates`; None where these are not known.
     """
 
     kind: str = ""
     profile_steps: tuple[int, int] | None = None
-    rates: Rates | None = None
-
-    def with_rates(self, trainer: Trainer, data: PreparedData, mesh: Mesh) -> Monitoring:
-        """Returns the same with the work of a step, where the peaks of the devices are known.
-
-        Args:
-            trainer: Model, loss and optimizers.
-            data: Prepared data.
-            mesh: Devices of the run.
-        """
-        kind = find_kind(device_name(), self.kind)
-        if not kind:
-            return self
-        # A trace of the step, of which nothing is compiled.
-        cost = step_cost(trainer, prepared_shapes(data), mesh.size)
-        return dataclasses.replace(self, rates=Rates(kind, trainer.config.model.dtype, cost))
+    rates: Callable[[float], Mapping[str, float]] | None = None
 
 
 # What every training shows.
@@ -121,7 +102,7 @@ class Monitor:
         # Steps that were compiled in that time took none of it.
         if self._rates is not None and not spent["start"]:
             seconds = (spent["input"] + spent["compute"]) / steps
-            rates = self._rates.of_step(seconds)
+            rates = self._rates(seconds)
             self.heartbeat.note_rates(rates)
             values |= rates
         return values

@@ -1,0 +1,54 @@
+"""Flags that name folders in buckets: commands work in copies, and send them back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+from absl import flags
+
+from twotower.core.remote.copies import fetch_bundle
+from twotower.core.remote.mirror import pull, push
+from twotower.core.remote.objects import is_remote
+
+# Flags of folders that a command works in.
+FOLDERS = ("workdir", "append", "source", "history", "data")
+# Those of bundles, which are only read.
+BUNDLES = ("bundle",)
+
+
+@contextlib.contextmanager
+def local_copies(own: flags.FlagValues) -> Iterator[None]:
+    """Puts local copies in the place of the addresses that flags name, while a command runs.
+
+    Args:
+        own: Flags of the command, parsed.
+    """
+    copies = []
+
+    def to_copy(address: str) -> str:
+        copies.append(pull(address, "--workdir"))
+        return str(copies[-1])
+
+    def to_bundle(address: str) -> str:
+        return str(fetch_bundle(address))
+
+    for names, replace in ((FOLDERS, to_copy), (BUNDLES, to_bundle)):
+        for name in names:
+            if name in own:
+                own[name].value = _replaced(own[name].value, replace)
+    yield
+    for copy in copies:
+        push(copy)
+
+
+def _replaced(value: object, replace: Callable[[str], str]) -> object:
+    """Returns the value of a flag with a path for each address; NAME=ADDRESS keeps its name."""
+    if isinstance(value, list):
+        return [_replaced(each, replace) for each in value]
+    if not isinstance(value, str):
+        return value
+    name, equals, address = value.rpartition("=")
+    if not is_remote(address):
+        return value
+    return f"{name}{equals}{replace(address)}"

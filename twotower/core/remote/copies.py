@@ -1,0 +1,144 @@
+"""Copies of objects that are only read: tables of a log, and bundles."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import logging
+
+from twotower.core.errors import BundleError, ConfigError
+from twotower.core.files import POINTER, discard, exclusive
+from twotower.core.remote.objects import Bucket, Object, cache_folder, copy_name
+
+_WILDCARD = re.compile(r"[*?\[]")
+_VERSION = re.compile(r"(v-\d+)/")
+# Copies of a bundle that are kept: processes may still begin to read the one before.
+_KEPT = 2
+
+
+def fetch_tables(address: str, flag: str) -> str:
+    """Copies the files of a table into the user's cache, and returns the path that stands for the
+    address here: a file, a folder or a pattern.
+
+    What was copied before and has not changed stays.
+
+    Args:
+        address: Address of a file, a folder, or a pattern of files.
+        flag: Name of the option that holds it.
+
+    Raises:
+        ConfigError: There is no such object.
+    """
+    found = _WILDCARD.search(address)
+    base = address
+    pattern = ""
+    if found:
+        base = address[: found.start()].rpartition("/")[0]
+        pattern = address[len(base) + 1 :]
+    bucket = Bucket(base, flag)
+    objects = [each for each in bucket.list() if _matches(each.name, pattern)]
+    if not objects:
+        raise ConfigError(f"{flag}={address!r}: there is no such object.")
+    folder = cache_folder() / "tables" / copy_name(bucket.address)
+    with exclusive(folder, "copy"):
+        _update(bucket, objects, folder, pattern)
+    if bucket.is_object:
+        return str(folder / objects[0].name)
+    return str(folder / pattern) if pattern else str(folder)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Returns whether a name is one of a pattern, in which a star crosses no slash and two do."""
+    if not pattern:
+        return True
+    if "**" in pattern:
+        return fnmatch.fnmatchcase(name, pattern.replace("**/", "*"))
+    parts = name.split("/")
+    patterns = pattern.split("/")
+    if len(parts) != len(patterns):
+        return False
+    return all(fnmatch.fnmatchcase(*pair) for pair in zip(parts, patterns, strict=True))
+
+
+def _update(bucket: Bucket, objects: Sequence[Object], folder: Path, pattern: str) -> None:
+    """Copies objects that are new or changed, and deletes the copies of those that are gone."""
+    names = {each.name for each in objects}
+    for path in folder.rglob("*"):
+        name = str(path.relative_to(folder))
+        is_copy = path.is_file() and not path.name.startswith(".")
+        if is_copy and name not in names and _matches(name, pattern):
+            path.unlink()
+    new = [each for each in objects if not _is_same(folder / each.name, each)]
+    if new:
+        size = sum(each.size for each in new) / 1e6
+        logging.info("Copying %d files (%.1f MB) of %s.", len(new), size, bucket.address)
+    for each in new:
+        target = folder / each.name
+        bucket.download(each.name, target)
+        # By its time a copy is known to be that of the object.
+        os.utime(target, ns=(each.modified, each.modified))
+
+
+def _is_same(path: Path, found: Object) -> bool:
+    """Returns whether a file is the copy of an object."""
+    if not path.is_file():
+        return False
+    stat = path.stat()
+    return (stat.st_size, stat.st_mtime_ns) == (found.size, found.modified)
+
+
+def fetch_bundle(address: str | os.PathLike[str]) -> Path:
+    """Copies the bundle at an address into the user's cache, once, and returns its folder.
+
+    A copy is whole or not there; whether its files are those of the manifest is for the loader to
+    say, as of any folder. Changes to its items are kept in the copy, and never sent to the bucket.
+
+    Args:
+        address: Address of a bundle.
+
+    Raises:
+        BundleError: There is no bundle.
+    """
+    bucket = Bucket(address, "bundle")
+    pointer = bucket.read(POINTER)
+    version = pointer.decode("utf-8", "replace").strip() if pointer else ""
+    manifest = f"{version}/manifest.json" if version else "manifest.json"
+    objects = [each for each in bucket.list() if _is_of(each.name, version)]
+    if manifest not in {each.name for each in objects}:
+        raise BundleError(f"{bucket.address} is no bundle: there is no {manifest} below it.")
+    listing = json.dumps(objects)
+    key = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    home = cache_folder() / "bundles" / copy_name(bucket.address)
+    target = home / key
+    with exclusive(home, "copy"):
+        if not target.is_dir():
+            _copy_whole(bucket, objects, target)
+    return target
+
+
+def _is_of(name: str, version: str) -> bool:
+    """Returns whether an object belongs to a version of a bundle, and not to another one's."""
+    found = _VERSION.match(name)
+    return found is None or found[1] == version
+
+
+def _copy_whole(bucket: Bucket, objects: Sequence[Object], target: Path) -> None:
+    """Copies objects into a folder, which appears when all are there."""
+    size = sum(each.size for each in objects) / 1e6
+    logging.info("Copying %s (%.1f MB) to %s.", bucket.address, size, target)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".copy-") as scratch:
+        whole = Path(scratch) / "whole"
+        for each in objects:
+            bucket.download(each.name, whole / each.name)
+        os.replace(whole, target)
+    copies = [path for path in target.parent.iterdir() if not path.name.startswith(".")]
+    copies.sort(key=lambda path: path.stat().st_mtime)
+    for old in copies[:-_KEPT]:
+        discard(old)
