@@ -6,6 +6,9 @@ r"""Answers requests for recommendations over HTTP, by a bundle.
 
     twotower serve --bundle=old=exports/november --bundle=new=exports/december --bundles=exports
 
+    twotower serve --bundle=shop_bundle --shard=0 --port=8100
+    twotower serve --bundle=shop_bundle --shard_urls=http://127.0.0.1:8100,http://127.0.0.1:8101
+
     curl http://127.0.0.1:8000/v1/retrieve -H 'Content-Type: application/json' \
         -d '{"user_id": "42", "k": 10}'
 
@@ -17,6 +20,8 @@ accepted. It needs the extra serve.
 from __future__ import annotations
 
 import functools
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -166,10 +171,33 @@ _IMPRESSIONS = flags.DEFINE_string(
     "`twotower impressions` reads it.",
     flag_values=FLAGS,
 )
+_SHARD = flags.DEFINE_integer(
+    "shard",
+    None,
+    "Number of the one shard of a divided bundle that this process holds, for routers alone; from "
+    "0 on. See `twotower export --shards`.",
+    lower_bound=0,
+    flag_values=FLAGS,
+)
+_SHARD_URLS = flags.DEFINE_list(
+    "shard_urls",
+    [],
+    "Addresses of the processes with --shard, http://HOST:PORT each, in the order of their "
+    "numbers: this process answers by them, and holds no item vectors.",
+    flag_values=FLAGS,
+)
+_SHARD_MS = flags.DEFINE_float(
+    "shard_ms",
+    200.0,
+    "Milliseconds in which a shard must answer; without one that does not, the answer says so.",
+    lower_bound=1.0,
+    flag_values=FLAGS,
+)
 
 
 def main() -> None:
     launch.require_one(_WORKDIR, _BUNDLE)
+    _check_shard_flags()
     from twotower.core.install import extra
 
     with extra("serve", "serve"):
@@ -185,35 +213,34 @@ def main() -> None:
     else:
         folders = read_bundles(_BUNDLE.value or [])
     # Plain values, which are sent to the child processes: each makes its own server of them.
+    if _SHARD.value is not None:
+        serve_shard(next(iter(folders.values())), _SHARD.value, bound)
+        return
     options: dict[str, Any] = {
         "folders": folders,
         "events": _EVENTS.value,
         "tokens": _TOKENS.value,
         "aliases": _ALIASES.value,
         "bundles": _BUNDLES.value,
-        "follow": _FOLLOW.value,
+        # Shards have the version that they were started with.
+        "follow": _FOLLOW.value and not _SHARD_URLS.value,
         "limits": Limits(waiting=_QUEUE.value, seconds=_SECONDS.value, rate=_RATE.value),
         "log_share": _LOG_SHARE.value if _LOG.value == "json" else None,
         "lists": ListOptions(
             cast("Fallback", _FALLBACK.value), _PLUGINS.value, _RERANK.value, _RERANK_MS.value
         ),
         "impressions": _IMPRESSIONS.value,
+        "shard_urls": _SHARD_URLS.value,
+        "shard_seconds": _SHARD_MS.value / 1_000,
     }
     redis = _REDIS.value, _REDIS_NAME.value
     app = None
     # In this process, where a mistake ends with its message; several load in their children.
     if _PROCESSES.value == 1:
         app = make_app(options, redis)
-    # Before it is said: whoever reads the line may connect at once.
-    bound.listen(server.BACKLOG)
-    host, port = bound.getsockname()[:2]
-    # An address of IPv6 stands in brackets in a URL.
-    shown = f"[{host}]" if ":" in host else host
     served = ", ".join(map(str, folders.values()))
-    print(
-        f"Serving {served} at http://{shown}:{port} (/v1/openapi.json describes the API).",
-        flush=True,
-    )
+    url = open_for_connections(bound)
+    print(f"Serving {served} at {url} (/v1/openapi.json describes the API).", flush=True)
     if app is not None:
         server.serve(app, bound)
         return
@@ -221,6 +248,62 @@ def main() -> None:
     # runs.
     child = functools.partial(run_child, options, redis, logging.get_verbosity())
     Supervisor(child, bound, _PROCESSES.value, _SECONDS.value).serve()
+
+
+def _check_shard_flags() -> None:
+    """Refuses flags that do not go with one shard, or with a router.
+
+    Raises:
+        ConfigError: There are such flags.
+    """
+    from twotower.core.errors import ConfigError
+
+    role = ""
+    apart = [
+        ("--bundles", bool(_BUNDLES.value)),
+        ("a second --bundle", len(_BUNDLE.value or []) > 1),
+    ]
+    if _SHARD_URLS.value:
+        role = "--shard_urls"
+        apart.append(("--shard", _SHARD.value is not None))
+    elif _SHARD.value is not None:
+        role = "--shard"
+        apart.append(("--processes", _PROCESSES.value > 1))
+    for flag, is_set in apart:
+        if role and is_set:
+            raise ConfigError(f"{role} does not go with {flag}. Leave one of them out.")
+
+
+def serve_shard(folder: Path, number: int, bound: socket.socket) -> None:
+    """Serves one shard of a bundle until a signal ends it.
+
+    Args:
+        folder: Folder of the bundle.
+        number: Number of the shard.
+        bound: Socket that is bound to the address.
+    """
+    from twotower.serving import server
+    from twotower.serving.limits import Limits
+    from twotower.serving.shards.app import make_shard_app
+
+    # Users may have seen many items, and routers are trusted.
+    limits = Limits(body=1 << 26, waiting=_QUEUE.value, seconds=_SECONDS.value)
+    app = make_shard_app(folder, number, host=_HOST.value, limits=limits, environment=os.environ)
+    url = open_for_connections(bound)
+    print(f"Serving shard {number} of {folder} at {url} for routers.", flush=True)
+    server.serve(app, bound)
+
+
+def open_for_connections(bound: socket.socket) -> str:
+    """Opens a socket for connections, and returns its URL, which may be told then."""
+    from twotower.serving import server
+
+    # Before it is said: whoever reads the line may connect at once.
+    bound.listen(server.BACKLOG)
+    host, port = bound.getsockname()[:2]
+    # An address of IPv6 stands in brackets in a URL.
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{port}"
 
 
 def bundle_of(workdir: Path) -> Path:
@@ -248,7 +331,8 @@ def make_app(
     """Loads the bundles, and returns their server.
 
     Args:
-        options: Arguments of `twotower.serving.server.make_app`.
+        options: Arguments of `twotower.serving.server.make_app`, with URLs of shards in the place
+            of `router`, which each process has of its own.
         redis: URL of a Redis and name of its keys; "" for none.
         member: This process among several.
     """
@@ -261,7 +345,16 @@ def make_app(
 
         # Made in each process: a connection must not be shared between them.
         find = RedisStore(url, name=name).user_vector
-    return server.make_app(**options, find_vector=find, member=member)
+    rest = dict(options)
+    urls = rest.pop("shard_urls", ())
+    seconds = rest.pop("shard_seconds", 0.0)
+    router = None
+    if urls:
+        from twotower.serving.shards.app import TOKEN
+        from twotower.serving.shards.router import Router
+
+        router = Router(urls, seconds=seconds, token=os.environ.get(TOKEN, ""))
+    return server.make_app(**rest, find_vector=find, member=member, router=router)
 
 
 def run_child(

@@ -45,10 +45,11 @@ from twotower.serving.page.files import PageFile, page_files
 from twotower.serving.page.lookups import Lookups
 from twotower.serving.processes.member import Member
 from twotower.serving.processes.rates import Rates
+from twotower.serving.shards.router import Router
 from twotower.serving.versions import types as admin_types
 from twotower.serving.versions.admin import Admin
 from twotower.serving.versions.versions import Versions
-from twotower.serving.writer import Writer
+from twotower.serving.writer import Change, Writer
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[Any], Awaitable[None]]
@@ -459,6 +460,7 @@ class App(Service):
     Attributes:
         versions: Versions that answer.
         impressions: Log of what is shown; None for none.
+        router: Processes that hold the items in shards; None where this one has them.
         writer: Writer of changes and events.
         admin: Administration of the versions.
     """
@@ -476,6 +478,7 @@ class App(Service):
         impressions: ImpressionLog | None = None,
         member: Member | None = None,
         log_share: float | None = None,
+        router: Router | None = None,
     ):
         """Prepares the server, which is ready some time after its start.
 
@@ -490,11 +493,15 @@ class App(Service):
             impressions: Log of what is shown; None for none.
             member: This process among several that serve; None of one that serves alone.
             log_share: Share of the requests that are logged beside those that fail; None logs none.
+            router: Processes that hold the items in shards; None where this one has them.
         """
         super().__init__(
             access=access, limits=limits, aliases=aliases, member=member, log_share=log_share
         )
         self.versions = versions
+        self.router = router
+        if router is not None:
+            router.report = self.metrics.count_shard_failure
         self.impressions = impressions
         # All versions share one hook: see `ListOptions`.
         if versions.main.hook is not None:
@@ -521,7 +528,8 @@ class App(Service):
 
     def readiness(self) -> types.Status:
         """Returns whether requests are answered."""
-        return types.Status(self.status, self._differences)
+        missing = [] if self.router is None else self.router.missing
+        return types.Status(self.status, self._differences, missing)
 
     async def prepare(self) -> None:
         """Makes the server ready: it compiles, takes in the events, and makes the golden answers.
@@ -536,7 +544,10 @@ class App(Service):
         await self.writer.follow()
         # In a thread: probes are answered while the towers are compiled.
         for answers in self.versions:
-            self._differences += await loop.run_in_executor(None, answers.warm)
+            warm = answers.warm
+            if self.router is not None:
+                warm = functools.partial(self.router.complete, answers.warm)
+            self._differences += await loop.run_in_executor(None, warm)
         # What lives as long as the server is no garbage: looking through it again and again takes
         # the time of requests and finds nothing.
         gc.collect()
@@ -601,6 +612,8 @@ class App(Service):
                 looks += 1
                 if looks % LOOKS == 0:
                     self._tell_figures()
+                    if self.router is not None:
+                        await asyncio.to_thread(self.router.look)
             # A disk or a file that is away for a moment: the next look may find it.
             except Exception:
                 logging.exception("Changes of other processes could not be followed.")
@@ -732,6 +745,9 @@ class App(Service):
     def _make_changes(self) -> list[Endpoint]:
         """Returns the endpoints that change something."""
         change = self.writer.change
+        if self.router is not None:
+            # Of the whole bundle only: see the guide on shards.
+            change = self._refuse_change
         return [
             Endpoint(
                 self,
@@ -891,7 +907,7 @@ class App(Service):
             user = getattr(request, "user_id", None)
             session = getattr(request, "session_id", None)
             answers = versions.choose(user, session, request.model_version)
-            made = function(answers, request)
+            made = self._make_list(function, answers, request)
             items = made.items
             if items:
                 # Most lists are of one source, and counting them costs as much as an item.
@@ -919,6 +935,24 @@ class App(Service):
             return made
 
         return answer
+
+    def _make_list(self, function: MakeAnswer, answers: Answers, request: Any) -> types.Answer:
+        """Returns a list, which says what shards it is without."""
+        if self.router is None:
+            return function(answers, request)
+        with self.router.watch() as missed:
+            made = function(answers, request)
+        made.missing_shards = sorted(missed)
+        return made
+
+    async def _refuse_change(self, change: Change) -> types.Changed:
+        """Refuses a change of items that shards in other processes hold."""
+        del change
+        raise RequestError(
+            501,
+            "The items of shards in processes of their own are not changed by requests.",
+            cure="Change and compact the bundle in one process, and start all of these again.",
+        )
 
     def _call_shadow(self, function: MakeAnswer, request: Any, made: types.Answer) -> None:
         """Lets the shadow answer a request, if it is one of its share, after the real answer."""
@@ -990,6 +1024,8 @@ class App(Service):
         super().set_gauges()
         self.metrics.items.set(len(self.answers.retriever))
         self.metrics.changes.set(self.answers.retriever.changes)
+        if self.router is not None:
+            self.metrics.set_shards(len(self.router), self.router.missing)
         if self.impressions is not None:
             self.metrics.impressions_lost.set(self.impressions.lost)
 

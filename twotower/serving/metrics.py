@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -16,6 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 if TYPE_CHECKING:
     from twotower.serving.lists.hook import Failure
     from twotower.serving.monitoring.served import Figures
+    from twotower.serving.shards.router import Why
     from twotower.serving.types import Source
 
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # names the folder of the files; read at import
@@ -102,6 +104,9 @@ class Metrics:
         self._rerank_failures = make(
             "rerank_failures", "Lists that went out without the re-ranker of --rerank.", "why"
         )
+        self._shard_failures = make(
+            "shard_failures", "Requests of a router that a shard did not answer.", "shard", "why"
+        )
 
     def _make_gauges(self) -> None:
         """Makes the gauges, each with what it is over several processes."""
@@ -131,12 +136,22 @@ class Metrics:
         self.processes = make("processes", "Processes that answer.", "livesum")
         # One process that is not ready is enough to say so.
         self.ready = make("ready", "Whether the server is ready.", "livemin")
+        self._shards_up = make("shard_up", "Whether a shard answers.", "livemin", "shard")
         # Also of processes that have died: what is lost stays lost.
         self.impressions_lost = make("impressions_lost", "Answers that are not in the log.", "sum")
 
     def count_rerank_failure(self, why: Failure) -> None:
         """Counts a list that went out by its scores, as its re-ranker failed."""
         self._rerank_failures.labels(why).inc()
+
+    def count_shard_failure(self, shard: int, why: Why) -> None:
+        """Counts a request that a shard did not answer."""
+        self._shard_failures.labels(str(shard), why).inc()
+
+    def set_shards(self, count: int, missing: Collection[int]) -> None:
+        """Tells which of a router's shards answer."""
+        for shard in range(count):
+            self._shards_up.labels(str(shard)).set(shard not in missing)
 
     def count_request(self, endpoint: str, status: int, version: str, seconds: float) -> None:
         """Counts a request that was answered.

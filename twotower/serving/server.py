@@ -36,7 +36,8 @@ from twotower.serving.lists.options import ListOptions
 from twotower.serving.monitoring.log import use_json
 from twotower.serving.processes.member import Member
 from twotower.serving.processes.signals import signals_to
-from twotower.serving.versions.versions import load_all, restore
+from twotower.serving.shards.router import Router
+from twotower.serving.versions.versions import load_all, load_router, restore
 
 # Written once, here: it is sent when there is no time to write anything.
 _OVERLOAD = ENCODER.encode(
@@ -92,6 +93,7 @@ def make_app(
     log_share: float | None = None,
     find_vector: FindVector | None = None,
     member: Member | None = None,
+    router: Router | None = None,
 ) -> App:
     """Loads bundles, and returns their server.
 
@@ -110,6 +112,7 @@ def make_app(
             a log of text, without requests.
         find_vector: Function that finds vectors of users who are not in the bundle.
         member: This process among several that serve; None of one that serves alone.
+        router: Processes that hold the shards of the one bundle; None where this one has all.
 
     Raises:
         TwotowerError: A bundle, or one of the files, cannot be read.
@@ -125,7 +128,10 @@ def make_app(
     if member is not None:
         state = member.read_state()
     # One that takes the place of a process that died answers by the versions of the others.
-    versions = load_all(folders, make) if state is None else restore(state, make)
+    if router is not None:
+        versions = load_router(folders, make, router)
+    else:
+        versions = load_all(folders, make) if state is None else restore(state, make)
     # Beside the bundle and not in it: the next export replaces the folder.
     path = Path(events or first.parent / f"{first.name}.events")
     names = None
@@ -142,6 +148,7 @@ def make_app(
         bundles=bundles,
         follow=follow,
         impressions=ImpressionLog(impressions) if impressions else None,
+        router=router,
         member=member,
         log_share=log_share,
     )

@@ -382,6 +382,8 @@ class Answer(Struct, omit_defaults=True):
         items: Items.
         known: Whether the user was known when the bundle was made.
         note: Sentence on what in the request found nothing.
+        missing_shards: Shards of a divided bundle that did not answer: their items have no part in
+            the list.
     """
 
     recommendation_id: str
@@ -389,6 +391,7 @@ class Answer(Struct, omit_defaults=True):
     items: list[Item]
     known: bool = True
     note: str = ""
+    missing_shards: list[int] = msgspec.field(default_factory=list)
 
 
 class Vector(Struct):
@@ -507,10 +510,12 @@ class Status(Struct, omit_defaults=True):
     Attributes:
         status: "ok", or what it waits for.
         differences: Golden requests that are answered otherwise than at the export.
+        missing_shards: Shards of a divided bundle that do not answer.
     """
 
     status: str
     differences: list[str] = msgspec.field(default_factory=list)
+    missing_shards: list[int] = msgspec.field(default_factory=list)
 
 
 class Problem(Struct, omit_defaults=True):

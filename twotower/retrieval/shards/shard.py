@@ -30,7 +30,7 @@ from twotower.retrieval.live.log import check_unchanged
 from twotower.retrieval.live.snapshot import Snapshot
 from twotower.retrieval.shards.remote import ShardQuery
 
-WARMED_LENGTHS = (10, 100, 1_000)  # lists that are searched before a shard says it is ready
+WARMED_LENGTHS = (10, 100)  # lists that are searched before a shard says it is ready
 WARMED_EXCLUSIONS = 1_024  # items up to which a warm search leaves some out
 
 

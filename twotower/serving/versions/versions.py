@@ -16,6 +16,7 @@ from twotower.retrieval.retriever import Retriever
 from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.lists.options import MakeAnswers
+from twotower.serving.shards.router import Router
 from twotower.serving.versions import routing
 from twotower.serving.versions.routing import Place, Routing, State
 from twotower.serving.versions.types import VersionInfo, VersionList
@@ -191,6 +192,27 @@ def load_all(folders: Mapping[str, Path], make: MakeAnswers) -> Versions:
     if versions is None:
         raise ConfigError("--bundle: no bundle is named.")
     return versions
+
+
+def load_router(folders: Mapping[str, Path], make: MakeAnswers, router: Router) -> Versions:
+    """Returns the one version of a router, whose items are with the shards.
+
+    Args:
+        folders: Folder of the bundle by its name.
+        make: Function that makes a version of the retriever of a bundle.
+        router: The shards.
+
+    Raises:
+        TwotowerError: The bundle is not whole, or not divided into these shards.
+        ConfigError: There are several bundles.
+    """
+    if len(folders) > 1:
+        raise ConfigError("--shard_urls are of one bundle. Name one by --bundle.")
+    ((name, folder),) = folders.items()
+    retriever = Retriever(load_bundle(folder, shards=router))
+    manifest = retriever.bundle.manifest
+    router.expect(Answers.version_of(manifest), manifest["shards"])
+    return Versions(make(retriever), place_of(retriever, name), make=make)
 
 
 def restore(state: State, make: MakeAnswers) -> Versions:
