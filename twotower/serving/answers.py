@@ -337,7 +337,7 @@ class Answers:
     def _shape(self, request: types.Retrieve, made: _List) -> Answer:
         """Returns the list of a request that wishes more than the order of the scores."""
         self._check_promotions(request.promotions)
-        self._check_columns(request.max_per, "max_per.{}")
+        self._check_columns(request.max_per, "max_per.{name}")
         shape = Shape(
             length=request.k + request.offset,
             where=as_conditions(request.where, self.retriever.forms),
@@ -559,14 +559,14 @@ class Answers:
                     if seconds is not None:
                         _to_datetime(seconds)
                 except ConfigError as error:
-                    place = f"events[{number}].timestamp"
+                    field = f"events[{number}].timestamp"
                     # The reader of tables tells of a row and a column, of which the client knows
                     # nothing.
-                    detail = str(error).replace("rows, row 1, column 'timestamp'", place)
+                    detail = str(error).replace("rows, row 1, column 'timestamp'", field)
                     raise RequestError(
                         400,
                         detail,
-                        field=place,
+                        field=field,
                         value=echo(event.timestamp),
                         cure=f"Give {forms.time.words}.",
                     ) from error
@@ -630,8 +630,8 @@ class Answers:
         """Returns the ids of the items of events, each once, in the form of the log."""
         ids = []
         for number, event in enumerate(events):
-            place = f"history[{number}]"
-            ids.append(read_id(_item_of(event), self.retriever.forms.item_id, place))
+            field = f"history[{number}]"
+            ids.append(read_id(_item_of(event), self.retriever.forms.item_id, field))
         return list(dict.fromkeys(ids))
 
     def _filters(self, request: types.Listing) -> dict[str, Any]:
@@ -684,18 +684,26 @@ class Answers:
     def _columns_of(self, request: types.Listing) -> list[str] | None:
         """Returns the display columns that a request asks for; None for all."""
         if request.columns is not None:
-            self._check_columns(request.columns, "columns[{}]")
+            self._check_columns(request.columns, "columns[{number}]")
         return request.columns
 
-    def _check_columns(self, names: Collection[str], field: str) -> None:
-        """Refuses what is no display column; "{}" in the field is its number, or its name."""
+    def _check_columns(self, names: Collection[str], template: str) -> None:
+        """Refuses what is no display column.
+
+        Args:
+            names: Names of a request.
+            template: Field of each, with {number} or {name}.
+
+        Raises:
+            RequestError: One is none; its field says which.
+        """
         for number, name in enumerate(names):
             if name not in self.columns:
-                place = field.format(number if "[" in field else name)
+                field = template.format(number=number, name=name)
                 raise RequestError(
                     400,
-                    f"{place}={echo(name)} is no display column{did_you_mean(name, self.columns)}",
-                    field=place,
+                    f"{field}={echo(name)} is no display column{did_you_mean(name, self.columns)}",
+                    field=field,
                     value=echo(name),
                     cure=f"Write any of {', '.join(self.columns) or 'none'}.",
                 )

@@ -160,11 +160,11 @@ def _explain_invalid(message: str, kind: Any, body: bytes) -> RequestError:
         detail = f"{field} is missing."
         cure = f"Give {field}."
     else:
-        place = field or "The body"
+        subject = field or "The body"
         expected = problem.replace("`", "")
         # The message of msgspec names types alone; who sees the value finds the mistake at once.
         shown = _shown(body, field)
-        detail = f"{place}={shown}: {expected[:1].lower()}{expected[1:]}."
+        detail = f"{subject}={shown}: {expected[:1].lower()}{expected[1:]}."
         cure = f"{expected.partition(', got')[0].replace('Expected', 'Give')}."
     return RequestError(400, detail, field=field, value=_shown(body, field), cure=cure)
 

@@ -74,7 +74,7 @@ class Writer:
             RequestError: Too many wait already.
             ChangesError: The bundle was replaced, and nobody takes up the new version.
         """
-        with self.place():
+        with self.queued():
             loop = asyncio.get_running_loop()
             last = loop.time() + (REPLACE_SECONDS if self.follows else 0)
             while True:
@@ -123,7 +123,7 @@ class Writer:
             RequestError: Too many wait already.
             OSError: The disk refuses.
         """
-        with self.place():
+        with self.queued():
             future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
             self._pending.append((events, future))
             # One writes for all: what comes while it writes goes into its next transaction, since
@@ -251,7 +251,7 @@ class Writer:
         return self._log.add(batches), self._log.read_new()
 
     @contextlib.contextmanager
-    def place(self) -> Iterator[None]:
+    def queued(self) -> Iterator[None]:
         """Counts a request among those that wait.
 
         Raises:

@@ -144,9 +144,9 @@ def _rows_before(impressions: pa.Table, events: pa.Table, seconds: float) -> np.
     is_event = np.arange(len(codes)) >= len(shown)
     # Stable: an impression comes before an event of the same time.
     order = np.lexsort((times, codes))
-    # The last impression at or before each place of the order.
-    places = np.where(is_event[order], -1, np.arange(len(order)))
-    last = np.maximum.accumulate(places) if len(order) else places
+    # The last impression at or before each position of the order.
+    positions = np.where(is_event[order], -1, np.arange(len(order)))
+    last = np.maximum.accumulate(positions) if len(order) else positions
     of_events = np.flatnonzero(is_event[order] & (last >= 0))
     # Of any pair: whether it is the pair of the event is asked below.
     rows = order[last[of_events]]

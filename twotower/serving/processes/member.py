@@ -146,7 +146,7 @@ class Member:
             if self.is_writer or await self._become_writer():
                 return await endpoint.make(request, item_id)
             # Counted here too: a thousand requests that are handed over wait as well.
-            with self._served.writer.place():
+            with self._served.writer.queued():
                 reply = await self._links.hand(message)
             if reply is not None:
                 refusal = refusal_of(reply)
