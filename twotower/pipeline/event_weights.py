@@ -143,6 +143,16 @@ def read_weights(rows: pa.Table, event_weights: Mapping[str, float]) -> np.ndarr
     return weights * weight_of_kind[pc.fill_null(indices, len(kinds)).to_numpy()]
 
 
+def check_any_weight(has_weight: bool) -> None:
+    """Refuses training rows none of which has a weight above 0."""
+    # A loss of 0 has no gradient, and would train without an error.
+    if not has_weight:
+        raise ConfigError(
+            "weight is 0 in every training row: nothing would be learned. At least one must be "
+            "above 0."
+        )
+
+
 def _list_kinds(counts: Mapping[str | None, int], total: int) -> str:
     """Returns the most frequent kinds with their shares, for a message."""
     frequent = sorted(counts, key=counts.__getitem__, reverse=True)

@@ -38,6 +38,7 @@ from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
 from twotower.pipeline.describe import check_log, check_times, describe_data, list_separators
 from twotower.pipeline.event_weights import (
+    check_any_weight,
     check_event_weights,
     read_weights,
     with_event_weights,
@@ -385,12 +386,7 @@ def prepare(
         encode_rows(part, user, item, encoder, labels, event_weights)
         for part, user, item in zip(parts.tables, log.users, log.items)
     ]
-    # A loss of 0 has no gradient, and would train without an error.
-    if not rows[0].weight.any():
-        raise ConfigError(
-            "weight is 0 in every training row: nothing would be learned. At least one must be "
-            "above 0."
-        )
+    check_any_weight(rows[0].weight.any())
     # From rows as arrays, all parts at once: a test row's past holds training and validation rows.
     histories, (train, validation, test) = with_histories(encoder, parts, rows, len(users))
     return PreparedData(

@@ -172,6 +172,16 @@ def test_bad_rows_are_refused_with_file_and_line(place, tmp_path, engine, allowe
         prepare_folder(config, tmp_path / "bad", engine=engine, max_bad_rows=allowed)
 
 
+@pytest.mark.parametrize("engine", ["memory", "duckdb"])
+def test_training_rows_without_any_weight_are_refused(tmp_path, engine):
+    lines = [f"{1_600_000_000 + row},u{row % 3},i{row % 4},{row // 60}" for row in range(100)]
+    (tmp_path / "a.log.csv").write_text("\n".join(["time,user_id,item_id,worth", *lines]) + "\n")
+    columns = {"data": {"interactions": {"columns": {"weight": "worth"}}}}
+    config = config_of(tmp_path, CASES["ids alone"] | columns | {"split": {"test": 0.4}})
+    with pytest.raises(ConfigError, match="weight is 0 in every training row"):
+        prepare_folder(config, tmp_path / engine, engine=engine)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -41,6 +41,7 @@ def check_bad_rows(dropped: Iterable[Dropped], max_bad_rows: int | None) -> None
     count = sum(note.rows for note in notes)
     if max_bad_rows is None or count <= max_bad_rows:
         return
+    # Some of them alone, as many as each note kept.
     places = [place for note in notes for place in note.places]
     raise ConfigError(
         f"{count:,} rows have other fields than the header, more than --max_bad_rows="

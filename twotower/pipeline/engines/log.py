@@ -120,6 +120,7 @@ def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
     found = []
     entities = {}
     for key, name in zip(KEYS, ("user_table", "item_table"), strict=True):
+        # Of the rows that are left: an id that only dropped rows have makes no user or item.
         of_log = pa.chunked_array([_ids_of_log(database, key, ids[key])])
         side = "user" if key == "user_id" else "item"
         entities[key] = collect_entities(by_name.get(name), of_log, side, notes, found)
@@ -208,6 +209,7 @@ class _Reader:
 
     def place(self, position: int) -> str:
         """Returns file and row of a position in the log."""
+        # The last one of those that begin there: the files before it are without rows.
         first, path = next(file for file in reversed(self._files) if file[0] <= position)
         return f"{path}, row {position - first + 1}"
 
@@ -280,6 +282,7 @@ class _Reader:
 def note_skipped(count: int, rows: int, places: Sequence[str]) -> Dropped:
     """Returns the note on rows of the log that were left out when it was read."""
     origin = Origin("", str, is_typed=False, skipped=count, skipped_places=tuple(places))
+    # As if all rows were one table in memory: the words of the note are then the same.
     table = pa.table({"row": pa.nulls(rows)})
     (note,) = skipped_rows([RawTable(table, TableConfig(), "interactions", origin)])
     return note
@@ -358,6 +361,7 @@ def _code(
         raise raw.refusal(error, key) from None
     # Of several spellings of an id the first decides its code, as in a log in memory.
     codes, values = codes_and_values(encode(texts))
+    # Null of what counts as missing, such as blank text.
     rows = pa.table({"id": distinct["id"], "code": pa.array(codes, mask=codes < 0)})
     database.create(name, rows)
     return values
@@ -367,9 +371,11 @@ def _join_codes(database: Database, columns: Sequence[str]) -> list[Dropped]:
     """Makes the table `log` of `raw`, and returns notes on the rows without ids."""
     others = "".join(f"{column}, " for column in columns)
     database.run(
+        # Rows without a code stay at first, since they are counted before they are dropped.
         f"CREATE TABLE log AS SELECT position, users.code AS u, items.code AS i, {others} failed "
         "FROM raw LEFT JOIN users ON raw.u = users.id LEFT JOIN items ON raw.i = items.id"
     )
+    # As large as the log itself, and not read again.
     database.run("DROP TABLE raw; DROP TABLE users; DROP TABLE items")
     total = database.value("SELECT count(*) FROM log")
     dropped = []

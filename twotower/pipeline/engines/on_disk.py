@@ -45,6 +45,7 @@ from twotower.pipeline.engines.events import (
 from twotower.pipeline.engines.log import PARQUET, Log, read_log
 from twotower.pipeline.engines.rows import SqlNumbers, filter_log, split_log
 from twotower.pipeline.event_weights import (
+    check_any_weight,
     check_event_weights,
     check_kinds,
     with_event_weights,
@@ -183,12 +184,14 @@ def _read(
     # Codes are those of all ids of the log, rows those of the ids that are left.
     user_rows = positions(pa.chunked_array([log.ids["user_id"]]), dataset.users["user_id"])
     item_rows = positions(pa.chunked_array([log.ids["item_id"]]), dataset.items["item_id"])
+    # Only now, since the corpus follows from the counts themselves.
     numbers.user_rows = user_rows
     numbers.item_rows = item_rows
     user_counts = np.zeros((3, len(dataset.users)), np.int64)
     has_row = user_rows >= 0
     user_counts[:, user_rows[has_row]] = numbers.user_counts[:, has_row]
     _write_tables(database, log, numbers.part_rows, folder)
+    # From the file, of which the description reads the columns of features alone.
     train = data_folder.map_table(folder / data_folder.table_file("train"))
     report = describe_numbers(config, spec, dataset, numbers, train)
     report.save(folder)
@@ -242,6 +245,7 @@ def _write_tables(database: Database, log: Log, sizes: list[int], folder: Path) 
                 (first + of_part).astype(index_type(total)).tofile(file)
         first += len(rows)
     for writer, file in zip(writers, places, strict=True):
+        # After an error they stay open: the folder is not whole, and the next try clears it.
         writer.__exit__(None, None, None)
         file.close()
 
@@ -266,6 +270,7 @@ def _encode(
     # Before the database takes its share of the memory.
     del train
     encoder.save(folder / "encoder")
+    # Users and items fit into memory, and so do their features.
     features = {
         "user": encoder.encode("user", users, columns_of_users(encoder)),
         "item": encoder.encode("item", items),
@@ -393,16 +398,20 @@ def _write_rows(
             f"CREATE TABLE events (u INTEGER, t BIGINT, joined {number}, item INTEGER, w FLOAT)"
         )
     joined = 0
+    # Part after part, as the arrays of a part and its table have one order.
     for part, size in zip(PARTS, parts.sizes, strict=True):
         path = folder / data_folder.table_file(part)
         blocks = _blocks_of_file(path)
         total = -(-size // BLOCK)
         arrays = files[part]
+        has_weight = False
         for rows in progress(blocks, total=total, what=f"encoding {part}", seconds=10.0):
+            # The file has the codes of the log: no id is looked up again.
             user = parts.user_rows[codes_and_values(rows["user_id"])[0]]
             item_codes, _ = codes_and_values(rows["item_id"])
             item = parts.item_rows[item_codes]
             encoded = encode_rows(rows, user, item, encoder, {}, event_weights)
+            has_weight |= bool(encoded.weight.any())
             _append(arrays, _leaves_of(encoded))
             if feature is not None:
                 time = encoded.timestamp
@@ -412,6 +421,8 @@ def _write_rows(
                 names = ["u", "t", "joined", "item", "w"]
                 database.insert("events", pa.table([*map(pa.array, columns), weights], names))
             joined += len(rows)
+        if part == "train":
+            check_any_weight(has_weight)
         positions_file = folder / SCRATCH / f"{part}.positions"
         dtype = files["file_positions"][part].dtype
         with positions_file.open("rb") as file:
@@ -434,7 +445,9 @@ def _log_weights(encoder: Encoder, rows: pa.Table, time: np.ndarray | None) -> p
 def _append(files: Mapping[str, Any], arrays: Mapping[str, Any]) -> None:
     for name, value in arrays.items():
         if isinstance(value, Mapping):
+            # A folder has no entry for features or labels that there are none of.
             _append(files.get(name, {}), value)
+        # None of a column that the log does not have.
         elif value is not None:
             files[name].append(value)
 
@@ -446,6 +459,7 @@ def _blocks_of_file(path: Path) -> Iterator[pa.Table]:
         reader = pa.ipc.open_file(file)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
+            # Batches of the file are larger than what is encoded at once.
             for start in range(0, len(batch), BLOCK):
                 yield pa.Table.from_batches([batch.slice(start, BLOCK)])
 
@@ -465,6 +479,7 @@ def _write_events(
     sql = "SELECT u, t, joined, item, w FROM events ORDER BY u, t, joined"
     blocks = database.blocks(sql, total, "histories")
     write_histories(
+        # Item and weight first; gaps between events are made from their times later.
         _event_blocks(blocks, list(files["events"])[: 2 if feature.is_weighted else 1]),
         HistoryFiles(**files),
         feature,

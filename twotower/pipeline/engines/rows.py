@@ -62,6 +62,7 @@ def filter_log(database: Database, log: Log, config: DataConfig) -> Log:
             f"DELETE FROM log WHERE {moment} NOT IN "
             f"(SELECT {first}({moment}) FROM log GROUP BY u, i)"
         )
+        # Before rows are compared: a time that is missing makes NOT IN keep every row.
         _check_times(database, log)
         dropped.append(_drop(database, f"duplicates={config.duplicates!r}", sql))
     dataset = log.dataset
@@ -97,6 +98,7 @@ def _drop_to_core(database: Database, k: int) -> Dropped:
     count = before
     # Dropping a rare user may make an item rare: until nothing changes.
     while True:
+        # Both sides at once: the core is the same in whatever order rows are dropped.
         rare = " OR ".join(
             f"{column} IN (SELECT {column} FROM log GROUP BY {column} HAVING count(*) < {k})"
             for column in ("u", "i")
@@ -167,6 +169,7 @@ def split_log(database: Database, log: Log, config: SplitConfig) -> None:
     part = "0"
     if config.kind == "time":
         part = _part_by_time(database, log.columns["timestamp"], config)
+    # A view, since a further column would write the whole log anew.
     database.run(f"CREATE VIEW divided AS SELECT *, {part} AS part FROM log")
     sizes = part_sizes(database)
     total = sum(sizes)
@@ -184,6 +187,7 @@ def split_log(database: Database, log: Log, config: SplitConfig) -> None:
 def part_sizes(database: Database) -> list[int]:
     """Returns the number of rows of each part."""
     numbers, counts = database.columns("SELECT part, count(*) FROM divided GROUP BY part")
+    # A part without rows is no group of the query.
     sizes = [0, 0, 0]
     for number, count in zip(numbers, counts, strict=True):
         sizes[number] = int(count)
@@ -279,6 +283,7 @@ class SqlNumbers:
     def _greatest_recall(self, part: int) -> float:
         """Returns the mean over users of the share of their items that the corpus has."""
         outside = pa.table({"i": np.flatnonzero(self.item_rows < 0).astype(np.int32)})
+        # A table and not a list in the query: most items may be outside.
         self._database.create("outside", outside)
         users, answers, found = self._database.columns(
             "SELECT u, count(*), count(*) FILTER (i NOT IN (FROM outside)) "
@@ -303,6 +308,7 @@ class SqlNumbers:
 
     def heaviest_share(self) -> float:
         """See `LogNumbers`."""
+        # A row without a weight counts as one, in training too.
         weights = f"SELECT coalesce({self._log.columns['weight']}, 1)::DOUBLE AS w FROM log"
         count = max(self.num_rows // 100, 1)
         heaviest = self._database.value(

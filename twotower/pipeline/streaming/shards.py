@@ -33,6 +33,7 @@ VERSION = 1
 # and, read in any order, twice the time. Compressed they are hardly smaller.
 _CHUNK_BYTES = 2048
 _CHUNK_RECORDS = 16
+# Nothing beyond what is asked for, since records are read in shuffled order.
 _READER = "readahead_buffer_size:0"
 # Bytes that are read at once. The default of a mebibyte is meant for reading in order.
 _READ_BYTES = 4096
@@ -64,6 +65,7 @@ def write(
         path = folder / _file_name(number)
         if number % parts != part or path.exists():
             continue
+        # A file is there whole or not at all: whoever goes on writes those that are missing.
         with atomic(path) as temporary:
             _write_file(records, temporary, start, stop)
     if parts == 1:
@@ -117,6 +119,7 @@ class Shards:
         if found != expected:
             raise FolderError(f"{folder} holds other records than this run reads. {_CURE}")
         self._files = manifest["files"]
+        # Sizes alone, as of prepared data: hashes would read all of it before the first step.
         for entry in self._files:
             _check_size(folder / entry["file"], entry["bytes"])
         counts = [entry["records"] for entry in self._files]
@@ -126,7 +129,9 @@ class Shards:
         self.num_files = len(self._files)
         self.records_read = 0
         self.bytes_read = 0
+        # Threads count together, and adding to a number is more than one operation.
         self._lock = threading.Lock()
+        # Opened when they are first read from: a run may have thousands of files.
         self._reader = functools.cache(self._open)
 
     def read(self, numbers: np.ndarray) -> list[bytes]:

@@ -87,6 +87,7 @@ class Stream:
         count = len(self.records)
         passes, places = np.divmod(positions, count)
         numbers = np.empty(len(positions), np.int64)
+        # Two passes where the examples cross the end of one.
         for number in np.unique(passes):
             is_here = passes == number
             # As Grain does it: each pass has a seed of its own.
@@ -119,11 +120,13 @@ class Stream:
         """
         with extra("stream", "config.training.input='stream'"):
             import grain
-        block = min(steps, self._steps_at_once(part.stop - part.start))
+        block = self._steps_at_once(part.stop - part.start)
         parts = _Blocks(self, next_example, steps, block, part, put)
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
+        # One block ahead for each thread bounds the memory of batches that wait.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         blocks = grain.MapDataset.source(parts).to_iter_dataset(options)
+        # Threads that are left running would go on reading, and putting batches on the device.
         with contextlib.closing(iter(blocks)) as iterator:
             yield itertools.chain.from_iterable(iterator)
 
@@ -150,9 +153,11 @@ class _Blocks:
 
     def __getitem__(self, index: int) -> list[Any]:
         start = index * self.block
+        # From the number of the block alone: a run goes on anywhere without reading what precedes.
         steps = np.arange(start, min(start + self.block, self.steps))
         rows = np.arange(self.part.start, self.part.stop)
         first = self.next_example + steps * self.stream.batch_size
+        # One read for all steps of the block, which are cut apart below.
         batch = self.stream.load((first[:, None] + rows).reshape(-1))
         parts = []
         for number in range(len(steps)):
