@@ -237,7 +237,8 @@ def _train_by_slurm(folder, workdir, flags):
 
 def test_two_processes_of_which_one_is_asked_to_end_both_stop_at_one_step_and_lose_no_bit(tmp_path):
     """Two processes that Slurm starts go on; the whole run is one process with two devices."""
-    training = {"steps": 40, "validate_every": 20}
+    # Streamed: the records are written by both, and the place in them is restored.
+    training = {"steps": 40, "validate_every": 20, "input": "stream"}
     flags = [f"--config.training.{name}={value}" for name, value in training.items()]
     workdir = tmp_path / "ended"
     with Group(_real_commands(workdir, _free_port(), *flags), _environment(1)) as group:
