@@ -73,7 +73,7 @@ class Server:
 
 def check_bounds(server):
     """A head, or a body, that does not end, and a head that is too long, end the connection."""
-    assert server.raw(b"GET /healthz HTTP/1.1\r\nhost: a\r\n").startswith(b"HTTP/1.1 408")
+    assert server.raw(b"GET /healthz HTTP/1.1\r\nx: a\r\n").startswith(b"HTTP/1.1 408")
     body = b"POST /v1/retrieve HTTP/1.1\r\ncontent-type: application/json\r\n"
     body += b"content-length: 10\r\n\r\n{"
     assert server.raw(body).startswith(b"HTTP/1.1 408")
@@ -83,6 +83,9 @@ def check_bounds(server):
     # A head within the bound, whose first part is longer than half of it.
     head = b"GET /healthz HTTP/1.1\r\nconnection: close\r\n" + b"x: 0123456789\r\n" * 800
     assert server.raw(head, b"\r\n").startswith(b"HTTP/1.1 200")
+    # A page of another site whose name points here.
+    other = b"GET /v1/info HTTP/1.1\r\nhost: site.example:%d\r\n\r\n" % server.port
+    assert server.raw(other).startswith(b"HTTP/1.1 421")
     assert server.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
 
 

@@ -69,6 +69,14 @@ _HOST = flags.DEFINE_string(
 _PORT = flags.DEFINE_integer(
     "port", 8000, "Port to answer at; 0 finds a free one.", lower_bound=0, flag_values=FLAGS
 )
+_ALLOWED_HOSTS = flags.DEFINE_list(
+    "allowed_hosts",
+    [],
+    "Names that requests may be sent to (their header Host) besides those of --host, such as that "
+    "of a proxy on this machine; * for any. On other addresses than loopback any will do, unless "
+    "some are given.",
+    flag_values=FLAGS,
+)
 _TOKENS = flags.DEFINE_string(
     "tokens",
     "",
@@ -224,7 +232,12 @@ def main() -> None:
         "bundles": _BUNDLES.value,
         # Shards have the version that they were started with.
         "follow": _FOLLOW.value and not _SHARD_URLS.value,
-        "limits": Limits(waiting=_QUEUE.value, seconds=_SECONDS.value, rate=_RATE.value),
+        "limits": Limits(
+            waiting=_QUEUE.value,
+            seconds=_SECONDS.value,
+            rate=_RATE.value,
+            hosts=tuple(_ALLOWED_HOSTS.value),
+        ),
         "log_share": _LOG_SHARE.value if _LOG.value == "json" else None,
         "lists": ListOptions(
             cast("Fallback", _FALLBACK.value), _PLUGINS.value, _RERANK.value, _RERANK_MS.value

@@ -10,15 +10,17 @@ from __future__ import annotations
 import enum
 import hashlib
 import hmac
+import ipaddress
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from twotower.core.errors import ConfigError, did_you_mean, echo
 from twotower.serving.errors import RequestError
 
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 MIN_LETTERS = 16  # of a token, so that it cannot be guessed
 
 
@@ -159,6 +161,71 @@ class Access:
                 403,
                 f"The token does not give the right to {right.name.lower()}.",
                 cure=f"Send a token for {right.name.lower()}.",
+            )
+
+
+class Hosts:
+    """The names that a server answers to, as the header Host of a request has them.
+
+    A page of another site can have its own name point to this machine (DNS rebinding): a browser
+    then asks a server on loopback, which needs no token, in the name of that site, and gives the
+    site the answer.
+    """
+
+    def __init__(self, names: Iterable[str]):
+        """Answers to some names.
+
+        Args:
+            names: Names or addresses without a port; "*" for any.
+        """
+        self._names = {name.lower().encode() for name in names}
+        self._takes_any = b"*" in self._names
+
+    @classmethod
+    def at(cls, address: str, names: Sequence[str]) -> Hosts | None:
+        """Returns the names of a server at an address; None where any will do.
+
+        Args:
+            address: Address that it listens at.
+            names: Further names. Beyond loopback, where proxies and balancers have names of their
+                own, any will do unless some are given.
+        """
+        is_loopback = ipaddress.ip_address(address).is_loopback
+        if not is_loopback and not names:
+            return None
+        return cls([*LOOPBACK_NAMES, address, *names])
+
+    def allow(self, host: bytes) -> bool:
+        """Returns whether a request is meant for this server.
+
+        >>> hosts = Hosts.at("127.0.0.1", ["shop.example"])
+        >>> [hosts.allow(name) for name in (b"localhost:8000", b"[::1]", b"Shop.example", b"a.b")]
+        [True, True, True, False]
+
+        Args:
+            host: Value of its header Host, a name with or without a port.
+        """
+        if self._takes_any:
+            return True
+        name, colon, port = host.rpartition(b":")
+        # An address of IPv6 has colons within its brackets.
+        if not colon or not port.isdigit():
+            name = host
+        return name.strip(b"[]").lower() in self._names
+
+
+def check_hosts(names: Sequence[str]) -> None:
+    """Refuses what is no name of a host.
+
+    Raises:
+        ConfigError: A name has a port, or is an address of a page.
+    """
+    for name in names:
+        is_address = name.count(":") > 1
+        if not name.strip() or "/" in name or (":" in name and not is_address):
+            raise ConfigError(
+                f"--allowed_hosts: {echo(name)} is no name of a host. Write it without https:// "
+                "and without a port, as in --allowed_hosts=shop.example."
             )
 
 

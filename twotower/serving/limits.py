@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from twotower.core.errors import ConfigError
+from twotower.serving.access import check_hosts
 from twotower.serving.errors import RequestError
 
 Receive = Callable[[], Awaitable[Any]]
@@ -28,6 +29,8 @@ class Limits:
         writes: Changes and events that wait for the disk; more are refused at once.
         rate: Requests a second of each token, and of all clients without one together; None for
             any number.
+        hosts: Names that requests may be sent to, besides those of the address that the server
+            listens at; see `twotower.serving.access.Hosts`.
     """
 
     body: int = 1 << 20
@@ -38,11 +41,14 @@ class Limits:
     waiting: int = 100
     writes: int = 64
     rate: int | None = None
+    hosts: tuple[str, ...] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value <= 0:
+            if field.name == "hosts":
+                check_hosts(value)
+            elif value is not None and value <= 0:
                 raise ConfigError(f"limits.{field.name}={value} must be above 0.")
 
 

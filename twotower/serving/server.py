@@ -23,7 +23,7 @@ from absl import logging as absl_logging
 
 from twotower.core.errors import ConfigError
 from twotower.serving import types
-from twotower.serving.access import Access
+from twotower.serving.access import Access, Hosts
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import FindVector
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send, Service
@@ -69,12 +69,14 @@ _STATUS_LINES = {
     431: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
     503: b"HTTP/1.1 503 Service Unavailable\r\n",
     400: b"HTTP/1.1 400 Bad Request\r\n",
+    421: b"HTTP/1.1 421 Misdirected Request\r\n",
 }
 
 _PROBLEMS = {
     400: "This is no request of HTTP.",
     408: "The request did not arrive in time.",
     431: "The headers of the request are too long.",
+    421: "This server does not answer to the name in the header Host. --allowed_hosts adds names.",
     503: "Too many connections are open.",
 }
 
@@ -200,6 +202,7 @@ def serve(app: Service, bound: socket.socket) -> None:
     Protocol.served = app
     Protocol.direct = app.direct
     Protocol.idle_seconds = limits.idle
+    Protocol.hosts = Hosts.at(bound.getsockname()[0], app.limits.hosts)
     absl_logging.get_absl_handler().addFilter(_is_of_the_server)
     config = uvicorn.Config(
         app,
@@ -286,9 +289,11 @@ class _Protocol(DirectProtocol):
 
     Attributes:
         served: Server that it belongs to.
+        hosts: Names that it answers to; None for any.
     """
 
     served: Service
+    hosts: Hosts | None = None
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -346,6 +351,11 @@ class _Protocol(DirectProtocol):
             # sends the refusal.
             raise ValueError("the head is too long")
         super().on_header(name, value)
+        if self.hosts is None or self.headers[-1][0] != b"host":
+            return
+        if not self.hosts.allow(value):
+            self._refusal = 421
+            raise ValueError("the request is meant for another server")
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
