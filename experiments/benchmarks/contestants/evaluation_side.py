@@ -21,6 +21,9 @@ from typing import Any
 import numpy as np
 
 Figures = dict[str, float]
+# Users that ranx holds the lists of at once: a pair takes it about 700 bytes, so that all of
+# Yelp2018's to K = 1,000 would take 22 GB.
+RANX_USERS = 4_096
 
 
 def twotower(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
@@ -105,31 +108,18 @@ def ranx(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
     import pandas as pd
     from ranx import Qrels, Run, evaluate
 
-    users = data["users"]
-    items = data["items"]
+    num_users = len(data["users"])
     names = {"recall": "recall", "precision": "precision", "hit_rate": "hit_rate"}
     names |= {"ndcg": "ndcg", "mrr": "mrr", "map": "map"}
     asked = [f"{name}@{k}" for k in ks for name in names.values()]
-    pairs = _pairs(data, "relevant").astype(str).astype(object).assign(score=1)
-    relevant = Qrels.from_df(pairs, q_id_col="user_id", doc_id_col="item_id")
-    offsets = data["seen_offsets"]
-    seen = data["seen_values"]
+    pairs = _pairs(data, "relevant")
+    ends = data["relevant_offsets"]
 
-    def lists_of(block: slice, *, mask_seen: bool) -> tuple[np.ndarray, np.ndarray]:
-        scores = users[block] @ items.T
-        first = offsets[block.start : block.stop]
-        counts = offsets[block.start + 1 : block.stop + 1] - first
-        rows = np.repeat(np.arange(len(scores)), counts)
-        if mask_seen:
-            scores[rows, seen[offsets[block.start] : offsets[block.stop]]] = -np.inf
-        best = np.argpartition(-scores, max(ks), axis=1)[:, : max(ks)]
-        return best, np.take_along_axis(scores, best, axis=1)
-
-    def measure(*, mask_seen: bool) -> Figures:
+    def measure_some(some: range, *, mask_seen: bool) -> tuple[Figures, int]:
         parts = []
-        for start in range(0, len(users), 256):
-            block = slice(start, min(start + 256, len(users)))
-            best, scores = lists_of(block, mask_seen=mask_seen)
+        for start in some[::256]:
+            block = slice(start, min(start + 256, some.stop))
+            best, scores = _best_items(data, block, max(ks), mask_seen=mask_seen)
             rows = np.repeat(np.arange(block.start, block.stop), max(ks))
             columns = {
                 "user_id": rows,
@@ -137,17 +127,47 @@ def ranx(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
                 "score": scores.ravel().astype(float),
             }
             parts.append(pd.DataFrame(columns))
-        lists = pd.concat(parts)
-        for column in ("user_id", "item_id"):
-            lists[column] = lists[column].astype(str).astype(object)
-        found = Run.from_df(lists, q_id_col="user_id", doc_id_col="item_id")
-        return evaluate(relevant, found, asked, make_comparable=True)
+        here = pairs[ends[some.start] : ends[some.stop]].assign(score=1)
+        relevant = Qrels.from_df(_as_text(here), q_id_col="user_id", doc_id_col="item_id")
+        found = Run.from_df(_as_text(pd.concat(parts)), q_id_col="user_id", doc_id_col="item_id")
+        asked_here = here["user_id"].nunique()
+        return evaluate(relevant, found, asked, make_comparable=True), asked_here
+
+    def measure(*, mask_seen: bool) -> Figures:
+        total = dict.fromkeys(asked, 0.0)
+        asked_users = 0
+        for start in range(0, num_users, RANX_USERS):
+            some = range(start, min(start + RANX_USERS, num_users))
+            figures, count = measure_some(some, mask_seen=mask_seen)
+            asked_users += count
+            for name, value in figures.items():
+                total[name] += value * count
+        return {name: value / asked_users for name, value in total.items()}
 
     def run() -> Figures:
         measure(mask_seen=False)
         return measure(mask_seen=True)
 
     return run
+
+
+def _best_items(
+    data: Any, block: slice, k: int, *, mask_seen: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the best items of a block of users, in no order, and their scores, [b, k] each."""
+    scores = data["users"][block] @ data["items"].T
+    if mask_seen:
+        offsets = data["seen_offsets"][block.start : block.stop + 1]
+        rows = np.repeat(np.arange(len(scores)), np.diff(offsets))
+        scores[rows, data["seen_values"][offsets[0] : offsets[-1]]] = -np.inf
+    best = np.argpartition(-scores, k, axis=1)[:, :k]
+    return best, np.take_along_axis(scores, best, axis=1)
+
+
+def _as_text(frame: Any) -> Any:
+    """Returns pairs with their ids as text, which ranx asks for."""
+    ids = {name: frame[name].astype(str).astype(object) for name in ("user_id", "item_id")}
+    return frame.assign(**ids)
 
 
 def tensorflow(data: Any, ks: Sequence[int]) -> Callable[[], Figures]:
