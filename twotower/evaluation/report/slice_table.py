@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from twotower.core.tables import format_table
+from twotower.evaluation.intervals import LEVEL
 
 
 def format_slices(slices: Mapping[str, Any], k: int) -> list[str]:
@@ -40,7 +41,7 @@ def format_slices(slices: Mapping[str, Any], k: int) -> list[str]:
     # A header above nothing would look like a failure.
     if not rows:
         return []
-    header = ["slice", "value", "queries", metric, "95% interval"]
+    header = ["slice", "value", "queries", metric, f"{LEVEL:.0%} interval"]
     if has_baselines:
         # Named in each row: which baseline is the best differs from part to part.
         header += ["baseline", "the best one"]
