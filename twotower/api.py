@@ -1145,7 +1145,7 @@ def sweep(
     if config.split.test:
         # The runs of the best trial alone: a figure of the test rows for each trial would be chosen
         # by, sooner or later.
-        tests = [_tested(folder, found) for folder in found.runs]
+        tests = [_measure_on_test(folder, found) for folder in found.runs]
         found = dataclasses.replace(found, test=tests)
     data = data_folder.resolve(run_folder.data_path(found.runs[0]))
     files = [write_best(found)]
@@ -1171,7 +1171,7 @@ def _tell_once() -> Callable[[DataReport], None]:
     return tell
 
 
-def _tested(workdir: Path, found: Sweep) -> Mapping[str, float]:
+def _measure_on_test(workdir: Path, found: Sweep) -> Mapping[str, float]:
     """Returns the figures of a run of the best trial on the test rows, measured once."""
     tuning = {
         "tried": len(found.trials),
@@ -1217,7 +1217,7 @@ def compare(
         check_report()
     comparison = compare_records([read_record(_folder_of(run), split) for run in runs])
     # Whoever was chosen among many has a figure that is too good by chance: it is said beside it.
-    comparison = dataclasses.replace(comparison, notes=(*comparison.notes, *_tuned(runs)))
+    comparison = dataclasses.replace(comparison, notes=(*comparison.notes, *_tuning_notes(runs)))
     print(format_comparison(comparison))
     if report is not None:
         write_comparison(comparison, Path(report))
@@ -1225,7 +1225,7 @@ def compare(
     return comparison
 
 
-def _tuned(runs: Sequence[Run | Path | str]) -> Iterator[str]:
+def _tuning_notes(runs: Sequence[Run | Path | str]) -> Iterator[str]:
     """Yields a sentence on each run that was chosen from others."""
     for run in runs:
         folder = _folder_of(run)

@@ -106,7 +106,7 @@ def test_shuffled_answers_are_those_of_a_random_order():
     real = ranking_figures(hits[:, :20], relevant, (10, 20))
     users = np.arange(len(relevant)).astype(str)
     blank = Record("run", {"items": 200}, users, relevant, real, {})
-    for name, values in gate.shuffled(blank).values.items():
+    for name, values in gate.random_order(blank).values.items():
         error = 2**0.5 * real[name].std() / np.sqrt(len(values))
         assert values.mean() == pytest.approx(real[name].mean(), abs=4 * error), name
 

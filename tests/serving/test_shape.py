@@ -20,8 +20,8 @@ from twotower.serving.lists.shape import (
     Boost,
     Promotion,
     Shape,
-    boosted,
     make_list,
+    search_boosted,
 )
 
 
@@ -78,14 +78,14 @@ def test_boosted_lists_are_those_of_all_items(boosts, seed):
                 score = scaled + boost.add
         scores[item.item_id] = score
     expected = sorted(scores, key=lambda item: -scores[item])[:20]
-    found = boosted(catalogue, catalogue.search, (), 20, boosts)
+    found = search_boosted(catalogue, catalogue.search, (), 20, boosts)
     assert ids(found) == expected
     assert [item.score for item in found] == [scores[item] for item in expected]
 
 
 def test_a_boost_that_raises_needs_no_more_than_two_searches():
     catalogue = Catalogue(300)
-    boosted(catalogue, catalogue.search, (), 20, [Boost(RED, factor=3)])
+    search_boosted(catalogue, catalogue.search, (), 20, [Boost(RED, factor=3)])
     assert catalogue.asked == 40
 
 

@@ -204,7 +204,7 @@ class Answers:
             whom = self._of_row(request, user, events, is_known, options)
         elif events:
             whom = {"user": user, "events": events}
-            options["encoded"] = self._encoded(user, events)
+            options["encoded"] = self._encode_latest(user, events)
         else:
             # Neither features nor events: the vector in the bundle, without running the tower.
             whom = {"user": user}
@@ -218,7 +218,7 @@ class Answers:
         # By the bundle too: vectors of another model mean nothing to this one's items.
         return self._find_vector(manifest["sha256"][:STORED_LETTERS], user, manifest["dim"])
 
-    def _encoded(self, user: str | None, events: Sequence[Any]) -> EncodedUser:
+    def _encode_latest(self, user: str | None, events: Sequence[Any]) -> EncodedUser:
         """Returns somebody who was sent events of, encoded once for each new one."""
         encode = functools.partial(self.retriever.encode_request, user, events=events)
         # Without an id there is nothing to keep the vector by.

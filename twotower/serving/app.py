@@ -656,7 +656,7 @@ class App(Service):
         ]
         made = []
         for name, summary, request, batch, function in kinds:
-            answer = self._counted(function)
+            answer = self._count_lists(function)
             made.append(self._make_single(name, summary, request, types.Answer, answer))
             made.append(self._make_batch(name, batch, types.AnswerBatch, answer))
         return made
@@ -896,7 +896,7 @@ class App(Service):
             *self.make_probes(),
         ]
 
-    def _counted(self, function: MakeAnswer) -> Callable[[Any], types.Answer]:
+    def _count_lists(self, function: MakeAnswer) -> Callable[[Any], types.Answer]:
         """Returns a function that makes lists by the version of the user, and counts them."""
         count = self.metrics.count_items
         impressions = self.impressions

@@ -132,7 +132,7 @@ def _explain_refusal(status: int, error: Exception, body: bytes) -> RequestError
             field = found.expand(name)
             break
     return RequestError(
-        status, detail, field=field, value=_shown(body, field), cure=_last_sentence(detail)
+        status, detail, field=field, value=_value_at(body, field), cure=_last_sentence(detail)
     )
 
 
@@ -163,10 +163,10 @@ def _explain_invalid(message: str, kind: Any, body: bytes) -> RequestError:
         subject = field or "The body"
         expected = problem.replace("`", "")
         # The message of msgspec names types alone; who sees the value finds the mistake at once.
-        shown = _shown(body, field)
+        shown = _value_at(body, field)
         detail = f"{subject}={shown}: {expected[:1].lower()}{expected[1:]}."
         cure = f"{expected.partition(', got')[0].replace('Expected', 'Give')}."
-    return RequestError(400, detail, field=field, value=_shown(body, field), cure=cure)
+    return RequestError(400, detail, field=field, value=_value_at(body, field), cure=cure)
 
 
 def _fields_at(kind: Any, path: str) -> list[str]:
@@ -195,7 +195,7 @@ def _struct_or_list(info: Any) -> Any:
     return info
 
 
-def _shown(body: bytes, field: str) -> str:
+def _value_at(body: bytes, field: str) -> str:
     """Returns the value of a field in the body of a request, as messages show it."""
     try:
         value: Any = msgspec.json.decode(body)

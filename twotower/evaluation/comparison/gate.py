@@ -286,30 +286,27 @@ def _known_models(
     if undertrained is None:
         share = f"{1 - DEGRADED:.0%}"
         name = f"a model of {share} shuffled answers, in the place of a tenth of the training"
-        undertrained = (name, mix(standing, shuffled(standing), DEGRADED))
+        undertrained = (name, mix(standing, random_order(standing), DEGRADED))
     return [
         # A gate that nothing passes is as useless as one that everything does.
         ("the run that stands itself", standing, "passes"),
-        ("a model of shuffled scores", shuffled(standing), "fails"),
-        ("a collapsed model, which scores all items alike,", collapsed(standing), "fails"),
+        ("a model of shuffled scores", random_order(standing), "fails"),
+        ("a collapsed model, which scores all items alike,", equal_scores(standing), "fails"),
         (*undertrained, "fails"),
     ]
 
 
 def _refusal(trial: Trial, queries: int) -> str:
+    verb = "is undecided" if trial.verdict == "undecided" else trial.verdict
     if trial.expected == "passes":
-        return f"The gate refuses to judge: {trial.name} {_said(trial.verdict)}."
+        return f"The gate refuses to judge: {trial.name} {verb}."
     return (
-        f"The gate refuses to judge: {trial.name} should fail, and {_said(trial.verdict)} by these "
-        f"thresholds over {queries:,} queries. Lower the tolerances, or evaluate more queries."
+        f"The gate refuses to judge: {trial.name} should fail, and {verb} by these thresholds over "
+        f"{queries:,} queries. Lower the tolerances, or evaluate more queries."
     )
 
 
-def _said(verdict: Verdict) -> str:
-    return "is undecided" if verdict == "undecided" else verdict
-
-
-def shuffled(record: Record, *, seed: int = 0) -> Record:
+def random_order(record: Record, *, seed: int = 0) -> Record:
     """Returns the record of the same queries answered in a random order of the corpus.
 
     Nothing is ranked: in a random order, the right answers of a query stand at ranks that are drawn
@@ -329,7 +326,7 @@ def shuffled(record: Record, *, seed: int = 0) -> Record:
     return dataclasses.replace(record, values={name: figures[name] for name in record.values})
 
 
-def collapsed(record: Record) -> Record:
+def equal_scores(record: Record) -> Record:
     """Returns the record of a model that gives all items one score.
 
     Ties never count for a model: it finds nothing.
@@ -387,7 +384,7 @@ def undertrained_by_curve(
         f"a model of {step / best:.0%} of the training (step {step:,}, {share:.0%} of the best "
         f"validation {metric})"
     )
-    return name, mix(record, shuffled(record), share)
+    return name, mix(record, random_order(record), share)
 
 
 def load_thresholds(path: Path, record: Record) -> list[Threshold]:

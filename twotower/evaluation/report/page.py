@@ -62,7 +62,7 @@ class Chart:
             # points.
             f'<figure role="img" aria-labelledby="{title} {caption}">{self.svg}'
             f'<figcaption id="{caption}">{escape(self.caption)}</figcaption></figure>'
-            f"{folded('The numbers', table(self.table), of=self.title)}</article>"
+            f"{collapsible('The numbers', table(self.table), of=self.title)}</article>"
         )
 
 
@@ -134,7 +134,7 @@ def render_page(title: str, about: str, hero: str, sections: Sequence[Section]) 
         '<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n"
         '<a class="skip" href="#main">Skip to the verdict</a>\n'
-        f'<header><p class="about">{escape(about)}</p><h1>{data(title)}</h1></header>\n'
+        f'<header><p class="about">{escape(about)}</p><h1>{bidi_text(title)}</h1></header>\n'
         f'<main id="main" tabindex="-1">{hero}\n'
         f'<nav aria-label="Parts of the report"><ol>{links}</ol></nav>\n{body}</main>\n'
         "<footer><p>Made by twotower. This file holds all that it shows and loads nothing.</p>"
@@ -147,7 +147,7 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
-def data(text: object) -> str:
+def bidi_text(text: object) -> str:
     """Returns a text of the data as HTML, in the direction of its own script."""
     # Titles may be Arabic or Hebrew: what stands beside them must not change its order.
     return f'<bdi dir="auto">{escape(text)}</bdi>'
@@ -165,7 +165,7 @@ def bullets(texts: Iterable[str]) -> str:
     return f"<ul>{rows}</ul>"
 
 
-def missing(what: str, command: str) -> str:
+def missing_note(what: str, command: str) -> str:
     """Returns a note on what was not measured, and the command that measures it."""
     return f'<p class="note">{escape(what)} To have it: <code>{escape(command)}</code></p>'
 
@@ -176,7 +176,7 @@ def charts(parts: Sequence[Chart]) -> str:
     return f'<div class="charts">{inner}</div>'
 
 
-def folded(title: str, content: str, *, of: str = "", is_open: bool = False) -> str:
+def collapsible(title: str, content: str, *, of: str = "", is_open: bool = False) -> str:
     """Returns content that is shown when its title is pressed.
 
     Args:
@@ -200,8 +200,8 @@ def table(content: Table) -> str:
     rows = []
     for cells in content.rows:
         # The first cell names its row, for those who hear the table.
-        first = f'<th scope="row">{data(cells[0])}</th>'
-        others = "".join(f"<td>{data(cell)}</td>" for cell in cells[1:])
+        first = f'<th scope="row">{bidi_text(cells[0])}</th>'
+        others = "".join(f"<td>{bidi_text(cell)}</td>" for cell in cells[1:])
         rows.append(f"<tr>{first}{others}</tr>")
     label = escape(content.caption)
     return (

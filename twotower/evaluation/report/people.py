@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from twotower.core.arrays import Ragged
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.evaluation.report.page import Section, data, escape
+from twotower.evaluation.report.page import Section, bidi_text, escape
 from twotower.index.exact import top_k
 from twotower.pipeline.batches import SPANS
 from twotower.pipeline.prepare import PreparedData
@@ -225,16 +225,16 @@ def people_section(people: Sequence[Person], *, reads_history: bool) -> Section:
 def _card(person: Person, *, is_open: bool, reads_history: bool) -> str:
     right = sum(person.is_right)
     heading = (
-        f'{data(person.name)} <span class="aside">{escape(person.kind)}, {person.seen:,} items '
-        f"before; {right} of {len(person.titles)} right</span>"
+        f'{bidi_text(person.name)} <span class="aside">{escape(person.kind)}, {person.seen:,} '
+        f"items before; {right} of {len(person.titles)} right</span>"
     )
     listed = []
     for title, is_right in zip(person.titles, person.is_right):
         mark = ' <span class="right">✓ right</span>' if is_right else ""
-        listed.append(f"<li>{data(title)}{mark}</li>")
-    before = "".join(f"<li>{data(title)}</li>" for title in person.history)
+        listed.append(f"<li>{bidi_text(title)}{mark}</li>")
+    before = "".join(f"<li>{bidi_text(title)}</li>" for title in person.history)
     history = f"<ul>{before}</ul>" if before else "<p>Nothing: nothing is known of them.</p>"
-    wanted = "".join(f"<li>{data(title)}</li>" for title in person.wanted)
+    wanted = "".join(f"<li>{bidi_text(title)}</li>" for title in person.wanted)
     columns = (
         f'<div class="columns"><div><h4>Had before, the latest first</h4>{history}</div>'
         f"<div><h4>Recommended, best first</h4><ol>{''.join(listed)}</ol></div></div>"
@@ -264,7 +264,7 @@ def _why(person: Person, *, reads_history: bool) -> str:
         return f"{title}<p>The history is empty: it came by what holds for everybody.</p>"
     rows = []
     for reason in person.reasons:
-        rows.append(f"<li>{data(reason.title)}: {reason.lost:+.3f}</li>")
+        rows.append(f"<li>{bidi_text(reason.title)}: {reason.lost:+.3f}</li>")
     said = (
         f"<p>Its score is {person.score:.3f}. These events of the history added most to it, each "
         "measured by leaving it out alone:</p>"

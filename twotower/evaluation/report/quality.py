@@ -25,9 +25,9 @@ from twotower.evaluation.report.page import (
     Table,
     bullets,
     charts,
+    collapsible,
     escape,
-    folded,
-    missing,
+    missing_note,
     paragraph,
     table,
 )
@@ -95,7 +95,7 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
         meaning += f" {describe_tuning(measured['tuning'])}"
     evaluate = command("evaluate", f"--workdir={workdir}", "--baselines", "--report")
     if standing == "alone":
-        cure = missing("Without baselines nobody can say whether this is much.", evaluate)
+        cure = missing_note("Without baselines nobody can say whether this is much.", evaluate)
     elif standing == "behind":
         cure = paragraph(f"What to try: {CURE}.")
     else:
@@ -132,7 +132,7 @@ def _warning(text: str) -> str:
     if found is None or len(text) <= LONG_WARNING:
         return f'<p class="warning"><strong>Mind:</strong> {escape(text)}</p>'
     first = found[0].rstrip(":,; ")
-    more = folded("In full", paragraph(text), of=first)
+    more = collapsible("In full", paragraph(text), of=first)
     return f'<div class="warning"><strong>Mind:</strong> {escape(first)}. {more}</div>'
 
 
@@ -253,7 +253,9 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
         rows_of_leaks = [[name, text] for name, text in details.items()]
         caption = "Leakage that config.split.accept_leakage accepts"
         leaks = [
-            folded("How the split leaks", table(Table(["kind", "what"], rows_of_leaks, caption)))
+            collapsible(
+                "How the split leaks", table(Table(["kind", "what"], rows_of_leaks, caption))
+            )
         ]
     # Only the flags that changed something, as somebody would write them.
     flags = [f"--workdir={workdir}", f"--k={','.join(map(str, list_lengths(measured)))}"]
@@ -274,7 +276,7 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
         "protocol",
         "How it was measured",
         "What a reader needs to repeat the figures, or to compare them with others.",
-        [bullets(sentences), *leaks, folded("Command and configuration", inside)],
+        [bullets(sentences), *leaks, collapsible("Command and configuration", inside)],
     )
 
 
@@ -358,7 +360,7 @@ def lists(measured: Measured, workdir: str) -> Section:
         blocks.append(charts(slices))
     else:
         blocks.append(
-            missing(
+            missing_note(
                 "Parts of the people and items were not measured apart.",
                 command("evaluate", *run_again),
             )
@@ -367,8 +369,8 @@ def lists(measured: Measured, workdir: str) -> Section:
     blocks.append(charts(beyond))
     if "popularity_weights" not in measured:
         weighed = command("evaluate", *run_again, "--popularity_weights=0,.02,.05,.1")
-        blocks.append(missing("Lists with popularity weighed were not measured.", weighed))
-    blocks.append(folded("All figures", table(_all_figures(measured))))
+        blocks.append(missing_note("Lists with popularity weighed were not measured.", weighed))
+    blocks.append(collapsible("All figures", table(_all_figures(measured))))
     return Section(
         "lists",
         "How good the lists are",

@@ -22,11 +22,11 @@ from twotower.evaluation.report.page import (
     Chart,
     Section,
     Table,
+    bidi_text,
     charts,
-    data,
+    collapsible,
     escape,
-    folded,
-    missing,
+    missing_note,
     paragraph,
     table,
 )
@@ -160,7 +160,7 @@ def _map(plane: Plane, grouping: Grouping, titles: Sequence[str], vectors: np.nd
     key = ""
     for number, label in enumerate(grouping.labels):
         shape = f'<svg viewBox="-5 -5 10 10" aria-hidden="true">{_shape(number)}</svg>'
-        key += f"<li>{shape}{data(label)}</li>"
+        key += f"<li>{shape}{bidi_text(label)}</li>"
     help_text = (
         "Drag to move, pinch or press + and − to enlarge; with the keyboard arrows move, + and − "
         "enlarge, 0 shows all, Enter chooses the item in the middle. The wheel enlarges once the "
@@ -236,7 +236,7 @@ def index(
         )
     else:
         export = command("export", f"--workdir={workdir}")
-        blocks.append(missing("The run has no bundle, so no index was measured.", export))
+        blocks.append(missing_note("The run has no bundle, so no index was measured.", export))
     if tuning is not None and tuning.tried:
         parts.append(_trials(tuning))
     elif tuning is not None:
@@ -539,7 +539,7 @@ def _health_table(figures: Mapping[str, Any]) -> str:
     for title, value in _numbers(figures):
         rows.append([title, f"{value:,.4g}"])
     title = "Figures of vectors and batches"
-    return folded(title, table(Table(["figure", "value"], rows, title)))
+    return collapsible(title, table(Table(["figure", "value"], rows, title)))
 
 
 def _numbers(figures: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, float]]:

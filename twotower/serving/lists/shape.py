@@ -138,12 +138,12 @@ def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed
         size = max(size, shape.length + EXPLORED)
     while True:
         size = min(size, most)
-        pool = boosted(retriever, search, shape.where, size, shape.boosts, most)
+        pool = search_boosted(retriever, search, shape.where, size, shape.boosts, most)
         found = _order(pool, shape)
         queues = []
         for promotion in shape.promotions:
             where = (*shape.where, *promotion.where)
-            queues.append(boosted(retriever, search, where, size, shape.boosts, most))
+            queues.append(search_boosted(retriever, search, where, size, shape.boosts, most))
         placed = _fill(found, queues, shape)
         # Caps may have left out so many that the list is short.
         if len(placed) == shape.length or len(pool) < size or size == most:
@@ -152,7 +152,7 @@ def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed
         size *= 4
 
 
-def boosted(
+def search_boosted(
     retriever: Retriever,
     search: Search,
     where: Conditions,
@@ -189,7 +189,7 @@ def boosted(
             found |= {item.item_id: item for item in best}
             if len(best) == asked:
                 # What no search has found scores at most as the last one here, before its boosts.
-                bound = max(bound, _raised(best[-1].score, boosts))
+                bound = max(bound, _greatest_boosted(best[-1].score, boosts))
         items = _apply(retriever, list(found.values()), boosts)[:k]
         is_settled = len(items) == k and items[-1].score >= bound
         if is_settled or bound == -np.inf or asked >= most:
@@ -197,7 +197,7 @@ def boosted(
         asked = min(4 * asked, most)
 
 
-def _raised(score: float, boosts: Sequence[Boost]) -> float:
+def _greatest_boosted(score: float, boosts: Sequence[Boost]) -> float:
     """Returns the greatest score that boosts can make of one."""
     for boost in boosts:
         score = max(score, boost.apply(score))
