@@ -79,11 +79,24 @@ def audit(split: Split, config: SplitConfig, *, describes_items: bool = False) -
         choose(FINDINGS, name, "config.split.accept_leakage")
     # All checks run before the first complaint, so that one message names everything to mend.
     findings = _look(split, config, tuple(FINDINGS), describes_items)
+    check_findings(findings, config)
+    return findings
+
+
+def check_findings(findings: Sequence[Finding], config: SplitConfig) -> None:
+    """Refuses kinds of leakage that are not accepted, but for a few repeated rows.
+
+    Args:
+        findings: All that was found.
+        config: Kinds of leakage to accept.
+
+    Raises:
+        LeakageError: A finding is not accepted.
+    """
     not_accepted = [finding for finding in findings if finding.name not in config.accept_leakage]
     refused = [finding for finding in not_accepted if not finding.is_few]
     if refused:
         raise LeakageError(_message(refused, config))
-    return findings
 
 
 def accepted_findings(
@@ -174,9 +187,19 @@ def _random_split(split: Split, config: SplitConfig) -> Finding | None:
     if config.kind != "random" or not parts or not _has_order(split, config):
         return None
     count = sum(rows.num_rows for rows in parts)
+    return rows_drawn(count, describe(parts[-1], 0))
+
+
+def rows_drawn(count: int, example: str) -> Finding:
+    """Returns the finding of held-out rows that were drawn although rows have times.
+
+    Args:
+        count: Number of held-out rows.
+        example: Description of one of them.
+    """
     message = (
         f"{count:,} held-out rows were drawn at random although rows have timestamps, for example "
-        f"{describe(parts[-1], 0)}"
+        f"{example}"
     )
     return Finding("random_split", count, message)
 
@@ -206,14 +229,32 @@ def _future_rows(split: Split, config: SplitConfig) -> Finding | None:
     if not is_later.any():
         return None
     example = describe(split.train, int(is_later.argmax()))
+    return rows_of_future(int(is_later.sum()), split.train.num_rows, earliest, example)
+
+
+def rows_of_future(count: int, total: int, earliest: int, example: str) -> Finding:
+    """Returns the finding of training rows that are later than a held-out row.
+
+    Args:
+        count: Number of these rows.
+        total: Number of training rows.
+        earliest: Earliest time of the held-out rows, in seconds.
+        example: Description of one of the rows.
+    """
     message = (
-        f"{is_later.sum():,} of {split.train.num_rows:,} training rows are later than the "
-        f"earliest held-out row (timestamp={earliest}), for example {example}"
+        f"{count:,} of {total:,} training rows are later than the earliest held-out row "
+        f"(timestamp={earliest}), for example {example}"
     )
-    return Finding("future_rows", int(is_later.sum()), message)
+    return Finding("future_rows", count, message)
 
 
-def _repeated_pairs(split: Split, config: SplitConfig) -> Finding | None:
+def repeated_pairs(split: Split, config: SplitConfig) -> Finding | None:
+    """Looks for held-out rows whose user and item an earlier part has too.
+
+    Args:
+        split: The parts of the log; of the training rows, those with such a user and item will do.
+        config: Kind of the split.
+    """
     # Over time people do come back to an item, and a served model meets that too.
     if config.kind == "time":
         return None
@@ -221,7 +262,13 @@ def _repeated_pairs(split: Split, config: SplitConfig) -> Finding | None:
     return _find_repeats("repeated_pairs", split, pair_codes, consequence)
 
 
-def _identical_rows(split: Split, config: SplitConfig) -> Finding | None:
+def identical_rows(split: Split, config: SplitConfig) -> Finding | None:
+    """Looks for held-out rows whose user, item and time an earlier part has too.
+
+    Args:
+        split: The parts of the log; of the training rows, those with such a user and item will do.
+        config: Kind of the split.
+    """
     if not has_timestamps(split.train):
         return None
     # After a split by time that is in order, rows of two parts differ in their time.
@@ -305,11 +352,11 @@ FINDINGS: dict[str, Check] = {
     "repeated_pairs": Check(
         "The answer to a held-out row is remembered, not predicted (and is lost where seen items "
         f"are masked). {_CURE_OF_REPEATS}",
-        _repeated_pairs,
+        repeated_pairs,
     ),
     "identical_rows": Check(
         f"The very row that is tested was trained on: the file holds it twice. {_CURE_OF_REPEATS}",
-        _identical_rows,
+        identical_rows,
     ),
     "time_order": Check(
         "Training knows the time that is tested. config.split.kind='time' cuts all users at one "

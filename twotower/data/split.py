@@ -231,11 +231,27 @@ def leave_last_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     as `config.ties` says; absent ones by file order. Users who would have no row, or moment, left
     of both parts stay in train. A part whose share is 0 gets no rows.
     """
+    # `later` counts from the end of each user: 0 is the last row.
+    later, rows_of_user = _count_later(rows, config)
+    return parts_by_later_rows(later, rows_of_user, config)
+
+
+def parts_by_later_rows(
+    later: np.ndarray, rows_of_user: np.ndarray, config: SplitConfig
+) -> np.ndarray:
+    """Returns the part of each row by what follows it; see `leave_last_out`.
+
+    Args:
+        later: Number of later rows, or moments, of the same user, int [N].
+        rows_of_user: Number of all rows, or moments, of the user, int [N].
+        config: Share of each part, and how many last rows each takes.
+
+    Returns:
+        int8 [N].
+    """
     # Test first: it takes the very last row.
     shares = ((TEST, config.test), (VALIDATION, config.validation))
     held_out_parts = [part for part, share in shares if share > 0]
-    # `later` counts from the end of each user: 0 is the last row.
-    later, rows_of_user = _count_later(rows, config)
     parts = np.full(len(later), TRAIN, np.int8)
     # Parts with a share take the last rows in turn: without test, validation has the last.
     for number, part in enumerate(held_out_parts):

@@ -249,8 +249,8 @@ class _Numbers:
         self._rows = dataset.interactions
         self._tables = parts.tables
         self.num_rows = len(self._rows)
-        self.part_rows = [len(table) for table in parts.tables]
-        self.columns = self._rows.column_names
+        self.part_rows: Sequence[int] = [len(table) for table in parts.tables]
+        self.columns: Sequence[str] = self._rows.column_names
         self._users = users
         corpus = len(dataset.items)
         # Items outside of the corpus get numbers behind it; no training row has one.

@@ -359,7 +359,7 @@ def _leaves(tree: Tree, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield (*path, name), value
 
 
-def put(tree: dict[str, Any], path: list[str], array: np.ndarray) -> None:
+def put(tree: dict[str, Any], path: list[str], array: Any) -> None:
     """Puts an array into nested mappings, at a path of `_leaves`."""
     *above, name = path
     for key in above:

@@ -49,7 +49,8 @@ class ArrayFile:
 
     def write(self, first: int, rows: np.ndarray) -> None:
         """Writes rows from the row `first` on."""
-        data = memoryview(np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8))
+        # As bytes, of which an array without rows has none.
+        data = np.ascontiguousarray(rows, self.dtype).reshape(-1).view(np.uint8).data
         offset = self._start + first * self._row_bytes
         # A write may end early, as one that fills a disk does.
         while len(data):

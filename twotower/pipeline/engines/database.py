@@ -69,7 +69,7 @@ class Database:
         return value
 
     def blocks(self, sql: str, rows: int, what: str) -> Iterator[pa.Table]:
-        """Yields the rows of a query in blocks, in its order, and shows how far it has come.
+        """Returns the rows of a query in blocks, in its order, and shows how far it has come.
 
         Args:
             sql: Query.
@@ -78,8 +78,22 @@ class Database:
         """
         reader = self._connection.sql(sql).to_arrow_reader(BLOCK)
         total = -(-rows // BLOCK)
-        for batch in progress(reader, total=total, what=what, seconds=10.0):
-            yield pa.Table.from_batches([batch])
+        return progress(_blocks(reader), total=total, what=what, seconds=10.0)
+
+
+def _blocks(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Yields the rows of a reader, whose batches may be small, in blocks."""
+    batches: list[pa.RecordBatch] = []
+    rows = 0
+    for batch in reader:
+        batches.append(batch)
+        rows += len(batch)
+        if rows >= BLOCK:
+            yield pa.Table.from_batches(batches).combine_chunks()
+            batches = []
+            rows = 0
+    if batches:
+        yield pa.Table.from_batches(batches).combine_chunks()
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ The arrays are those of `twotower.pipeline.histories`, which makes them of rows 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +53,7 @@ def write_histories(
     files: HistoryFiles,
     feature: HistoryFeature,
     user_counts: np.ndarray,
-    sizes: list[int],
+    sizes: Sequence[int],
     scratch: Path,
 ) -> None:
     """Writes the histories of all rows.
@@ -110,7 +110,7 @@ def _span_width(feature: HistoryFeature) -> int:
     return 3 if feature.request_gap else 2
 
 
-def _write_spans(scatter: Scatter, spans: Mapping[str, ArrayFile], sizes: list[int]) -> None:
+def _write_spans(scatter: Scatter, spans: Mapping[str, ArrayFile], sizes: Sequence[int]) -> None:
     """Writes the spans of all rows into the files of their parts."""
     ends = np.cumsum(sizes)
     first = 0
@@ -215,7 +215,7 @@ class _Level:
 
 
 def history_shapes(
-    feature: HistoryFeature, events: Mapping[str, np.dtype], num_users: int, sizes: list[int]
+    feature: HistoryFeature, events: Mapping[str, np.dtype], num_users: int, sizes: Sequence[int]
 ) -> dict[str, dict[str, tuple[np.dtype, tuple[int, ...]]] | tuple[np.dtype, tuple[int, ...]]]:
     """Returns type and shape of the arrays of the histories, in the order in which they are kept.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from twotower.pipeline.describe import describe_numbers, refuse_one_id
 from twotower.pipeline.engines.arrays import ArrayFile
 from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
 from twotower.pipeline.engines.database import BLOCK, Database, open_database
+from twotower.pipeline.engines.divide import KINDS, split_log
 from twotower.pipeline.engines.events import (
     EventBlock,
     HistoryFiles,
@@ -43,7 +44,7 @@ from twotower.pipeline.engines.events import (
     write_histories,
 )
 from twotower.pipeline.engines.log import PARQUET, Log, read_log
-from twotower.pipeline.engines.rows import SqlNumbers, filter_log, split_log
+from twotower.pipeline.engines.rows import SqlNumbers, filter_log
 from twotower.pipeline.event_weights import (
     check_any_weight,
     check_event_weights,
@@ -97,6 +98,7 @@ class _Divided:
 
     Attributes:
         log: The log, with its items restricted to the corpus.
+        total: Number of rows that were divided.
         sizes: Rows of each part.
         user_rows: Row of the users table of each code, int32.
         item_rows: Row of the corpus of each code, -1 outside of it, int32.
@@ -104,7 +106,8 @@ class _Divided:
     """
 
     log: Log
-    sizes: list[int]
+    total: int
+    sizes: Sequence[int]
     user_rows: np.ndarray
     item_rows: np.ndarray
     user_counts: np.ndarray
@@ -127,7 +130,9 @@ def _check_supported(config: Config, spec: FeatureSpec) -> None:
         f"data.test.path={data.test.path!r}": bool(data.test.path),
         # Padded rows are read once more, when the others are known.
         "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
-        f"split.kind={config.split.kind!r}": config.split.kind not in ("time", "none"),
+        f"split.kind={config.split.kind!r}": config.split.kind not in KINDS,
+        f"split.ties={config.split.ties!r}": config.split.kind == "leave_last_out"
+        and config.split.ties != "file",
         f"split.validation_by={config.split.validation_by!r}": config.split.validation_by != "kind",
     }
     for column, field in label_columns(config.objective).items():
@@ -165,8 +170,7 @@ def _read(
     # Before anything is filtered or written.
     check_bad_rows(log.dataset.dropped, max_bad_rows)
     log = filter_log(database, log, config.data)
-    # No audit of leaks follows: by time, or with nothing held out, there are none to be found.
-    split_log(database, log, config.split)
+    log = split_log(database, log, config.split)
     numbers = SqlNumbers(database, log, config)
     log = _checked(log, numbers, config)
     dataset = log.dataset
@@ -191,12 +195,12 @@ def _read(
     user_counts = np.zeros((3, len(dataset.users)), np.int64)
     has_row = user_rows >= 0
     user_counts[:, user_rows[has_row]] = numbers.user_counts[:, has_row]
-    _write_tables(database, log, numbers.part_rows, folder)
+    _write_tables(database, log, folder)
     # From the file, of which the description reads the columns of features alone.
     train = data_folder.map_table(folder / data_folder.table_file("train"))
     report = describe_numbers(config, spec, dataset, numbers, train)
     report.save(folder)
-    return _Divided(log, numbers.part_rows, user_rows, item_rows, user_counts)
+    return _Divided(log, numbers.num_rows, numbers.part_rows, user_rows, item_rows, user_counts)
 
 
 def _checked(log: Log, numbers: SqlNumbers, config: Config) -> Log:
@@ -218,7 +222,7 @@ def _checked(log: Log, numbers: SqlNumbers, config: Config) -> Log:
     return dataclasses.replace(log, dataset=dataset)
 
 
-def _write_tables(database: Database, log: Log, sizes: list[int], folder: Path) -> None:
+def _write_tables(database: Database, log: Log, folder: Path) -> None:
     """Writes the tables of the folder, and beside each part the positions of its rows."""
     for name, table in (("users", log.dataset.users), ("items", log.dataset.items)):
         path = folder / data_folder.table_file(name)
@@ -226,7 +230,7 @@ def _write_tables(database: Database, log: Log, sizes: list[int], folder: Path) 
             writer.write(table)
     others = "".join(f", {column}" for column in log.columns.values())
     first = 0
-    total = sum(sizes)
+    total = database.value("SELECT count(*) FROM log")
     writers = []
     places = []
     # All parts at once: the rows come in the order of the source, once.
@@ -234,7 +238,7 @@ def _write_tables(database: Database, log: Log, sizes: list[int], folder: Path) 
         path = folder / data_folder.table_file(part)
         writers.append(data_folder.TableWriter(path, log.schema))
         places.append(open(folder / SCRATCH / f"{part}.positions", "wb"))
-    sql = f"SELECT u, i{others}, part FROM divided ORDER BY position"
+    sql = f"SELECT u, i{others}, part FROM log ORDER BY position"
     for block in database.blocks(sql, total, "writing rows"):
         number = block["part"].to_numpy()
         rows = log.rows(block.drop_columns(["part"]))
@@ -329,13 +333,13 @@ def _array_shapes(
         # As a part in memory has no times where it has no rows.
         if not size:
             tree[name].pop("timestamp")
-    position = np.zeros(0, index_type(sum(parts.sizes)))
+    position = np.zeros(0, index_type(parts.total))
     tree["file_positions"] = {
         name: _Shape(position.dtype, (size,)) for name, size in zip(PARTS, parts.sizes)
     }
     feature = encoder.spec.history
     if feature is not None:
-        events = {f"{feature.name}/{feature.reads[0]}": np.dtype(np.int32)}
+        events: dict[str, np.dtype] = {f"{feature.name}/{feature.reads[0]}": np.dtype(np.int32)}
         if feature.is_weighted:
             events[HISTORY_WEIGHT] = np.dtype(np.float32)
         num_users = len(parts.log.dataset.users)
@@ -394,9 +398,10 @@ def _write_rows(
         vocabulary = encoder.fitted["user", feature.name].require_vocabulary()
         vocabulary_rows = vocabulary.rows(item_ids)
         # Four bytes a row less, where they suffice.
-        number = "BIGINT" if sum(parts.sizes) >= 2**31 else "INTEGER"
+        number = "BIGINT" if parts.total >= 2**31 else "INTEGER"
         database.run(
-            f"CREATE TABLE events (u INTEGER, t BIGINT, joined {number}, item INTEGER, w FLOAT)"
+            f"CREATE TABLE events (u INTEGER, t BIGINT, place {number}, joined {number}, "
+            "item INTEGER, w FLOAT)"
         )
     joined = 0
     # Part after part, as the arrays of a part and its table have one order.
@@ -406,6 +411,8 @@ def _write_rows(
         total = -(-size // BLOCK)
         arrays = files[part]
         has_weight = False
+        places = files["file_positions"][part]
+        written = open(folder / SCRATCH / f"{part}.positions", "rb")
         for rows in progress(blocks, total=total, what=f"encoding {part}", seconds=10.0):
             # The file has the codes of the log: no id is looked up again.
             user = parts.user_rows[codes_and_values(rows["user_id"])[0]]
@@ -414,22 +421,20 @@ def _write_rows(
             encoded = encode_rows(rows, user, item, encoder, {}, event_weights)
             has_weight |= bool(encoded.weight.any())
             _append(arrays, _leaves_of(encoded))
+            place = np.fromfile(written, places.dtype, len(rows))
+            places.append(place)
             if feature is not None:
                 time = encoded.timestamp
                 weights = _log_weights(encoder, rows, time)
+                number = joined + np.arange(len(rows))
                 # What a history needs of a row: the others need not be sorted.
-                columns = [user, time, joined + np.arange(len(rows)), vocabulary_rows[item_codes]]
-                names = ["u", "t", "joined", "item", "w"]
+                columns = [user, time, place, number, vocabulary_rows[item_codes]]
+                names = ["u", "t", "place", "joined", "item", "w"]
                 database.insert("events", pa.table([*map(pa.array, columns), weights], names))
             joined += len(rows)
+        written.close()
         if part == "train":
             check_any_weight(has_weight)
-        positions_file = folder / SCRATCH / f"{part}.positions"
-        dtype = files["file_positions"][part].dtype
-        with positions_file.open("rb") as file:
-            # In blocks, as everything that is as long as the log.
-            while len(values := np.fromfile(file, dtype, BLOCK)):
-                files["file_positions"][part].append(values)
 
 
 def _log_weights(encoder: Encoder, rows: pa.Table, time: np.ndarray | None) -> pa.Array:
@@ -476,8 +481,7 @@ def _write_events(
     feature = encoder.spec.history
     assert feature is not None
     total = sum(parts.sizes)
-    # Joined rows of one user and time are in the order of the file.
-    sql = "SELECT u, t, joined, item, w FROM events ORDER BY u, t, joined"
+    sql = "SELECT u, t, joined, item, w FROM events ORDER BY u, t, place"
     blocks = database.blocks(sql, total, "histories")
     write_histories(
         # Item and weight first; gaps between events are made from their times later.

@@ -1,4 +1,4 @@
-"""Filters and divides the rows of a log in a database, and counts them."""
+"""Filters the rows of a log in a database, and counts them."""
 
 from __future__ import annotations
 
@@ -9,21 +9,19 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import Config, DataConfig, SplitConfig
+from twotower.config import Config, DataConfig
 from twotower.core.arrow import pc
 from twotower.core.times import DAY, EARLIEST, format_time
 from twotower.data.dataset import Dropped
 from twotower.data.filters import describe_absent_values, no_rows_left
 from twotower.data.interactions import missing_times
 from twotower.data.report import HeldOut
-from twotower.data.split import check_parts, held_out_counts, is_enough, undivided
 from twotower.data.tables import time_out_of_range
 from twotower.pipeline.describe import SAMPLE
 from twotower.pipeline.engines.database import Database
+from twotower.pipeline.engines.divide import part_sizes
 from twotower.pipeline.engines.log import Log
 
-# Ranges of time that rows are counted by, to find the moment at which a share of them begins.
-_RANGES = 2**20
 # More than any position: time and position of a row in one number.
 _POSITIONS = 2**44
 
@@ -155,79 +153,6 @@ def _check_time_range(database: Database, log: Log, accept: Sequence[str]) -> No
         raise time_out_of_range(finding, share, example, accept, now=now)
 
 
-def split_log(database: Database, log: Log, config: SplitConfig) -> None:
-    """Makes the view `divided`: the rows of a log with the number of their part.
-
-    Args:
-        database: Rows of the log.
-        log: The log.
-        config: Kind of the split, "time" or "none".
-
-    Raises:
-        ConfigError: A part that has a share would be empty, or train too small.
-    """
-    part = "0"
-    if config.kind == "time":
-        part = _part_by_time(database, log.columns["timestamp"], config)
-    # A view, since a further column would write the whole log anew.
-    database.run(f"CREATE VIEW divided AS SELECT *, {part} AS part FROM log")
-    sizes = part_sizes(database)
-    total = sum(sizes)
-    # Before empty parts are told, as rows of one second are their cause.
-    if config.kind == "time" and not is_enough(sizes[0] / total, config):
-        column = log.columns["timestamp"]
-        (times, counts) = database.columns(
-            f"SELECT {column} AS t, count(*) AS n FROM log GROUP BY t ORDER BY n DESC, t LIMIT 1"
-        )
-        cure = "use --engine=memory, which names a kind of split that suits them"
-        raise undivided(config, total, int(counts[0]), int(times[0]), cure)
-    check_parts(sizes, config)
-
-
-def part_sizes(database: Database) -> list[int]:
-    """Returns the number of rows of each part."""
-    numbers, counts = database.columns("SELECT part, count(*) FROM divided GROUP BY part")
-    # A part without rows is no group of the query.
-    sizes = [0, 0, 0]
-    for number, count in zip(numbers, counts, strict=True):
-        sizes[number] = int(count)
-    return sizes
-
-
-def _part_by_time(database: Database, column: str, config: SplitConfig) -> str:
-    """Returns the number of the part of a row as SQL; see `twotower.data.split.split_by_time`."""
-    total = database.value("SELECT count(*) FROM log")
-    held_out, test = held_out_counts(total, config)
-    cases = ""
-    # The first that fits is taken: test rows are after those of validation.
-    for count, part in ((test, 2), (held_out, 1)):
-        if count:
-            cases += f"WHEN {column} >= {_begin_of_last(database, column, count)} THEN {part} "
-    return f"CASE {cases} ELSE 0 END" if cases else "0"
-
-
-def _begin_of_last(database: Database, column: str, count: int) -> int:
-    """Returns the time of the `count`-th row from the end.
-
-    Rows are counted by ranges of time first and then by the times of one range: neither is as many
-    as the rows are.
-    """
-    low, high = (x[0] for x in database.columns(f"SELECT min({column}), max({column}) FROM log"))
-    width = int(high - low) // _RANGES + 1
-    number = f"({column} - {low}) // {width}"
-    ranges, rows = database.columns(
-        f"SELECT {number} AS r, count(*) FROM log GROUP BY r ORDER BY r DESC"
-    )
-    # The range in which the row lies; those after it are counted already.
-    place = int(np.searchsorted(np.cumsum(rows), count))
-    before = int(rows[:place].sum())
-    times, rows = database.columns(
-        f"SELECT {column} AS t, count(*) FROM log WHERE {number} = {ranges[place]} "
-        "GROUP BY t ORDER BY t DESC"
-    )
-    return int(times[np.searchsorted(np.cumsum(rows), count - before)])
-
-
 class SqlNumbers:
     """The counts of a log in a database; see `twotower.pipeline.describe.LogNumbers`.
 
@@ -241,9 +166,10 @@ class SqlNumbers:
         self._database = database
         self._log = log
         self._config = config
-        self.part_rows = part_sizes(database)
-        self.num_rows = sum(self.part_rows)
-        self.columns = log.schema.names
+        self.part_rows: Sequence[int] = part_sizes(database)
+        # With those that the audit has dropped since they were divided.
+        self.num_rows = database.value("SELECT count(*) FROM log")
+        self.columns: Sequence[str] = log.schema.names
         # [3, users] and [3, items], by code.
         self.user_counts = self._counts("u", len(log.ids["user_id"]))
         self.item_counts = self._counts("i", len(log.ids["item_id"]))
@@ -256,7 +182,7 @@ class SqlNumbers:
     def _counts(self, column: str, size: int) -> np.ndarray:
         counts = np.zeros((3, size), np.int64)
         part, code, rows = self._database.columns(
-            f"SELECT part, {column}, count(*) FROM divided GROUP BY part, {column}"
+            f"SELECT part, {column}, count(*) FROM log WHERE part >= 0 GROUP BY part, {column}"
         )
         counts[part, code] = rows
         return counts
@@ -287,7 +213,7 @@ class SqlNumbers:
         self._database.create("outside", outside)
         users, answers, found = self._database.columns(
             "SELECT u, count(*), count(*) FILTER (i NOT IN (FROM outside)) "
-            f"FROM (SELECT DISTINCT u, i FROM divided WHERE part = {part}) GROUP BY u"
+            f"FROM (SELECT DISTINCT u, i FROM log WHERE part = {part}) GROUP BY u"
         )
         # It is made anew for the next part.
         self._database.run("DROP TABLE outside")
@@ -297,8 +223,10 @@ class SqlNumbers:
 
     def count_repeats(self) -> int:
         """See `LogNumbers`."""
-        pairs = self._database.value("SELECT count(*) FROM (SELECT DISTINCT u, i FROM log)")
-        return self.num_rows - pairs
+        pairs = self._database.value(
+            "SELECT count(*) FROM (SELECT DISTINCT u, i FROM log WHERE part >= 0)"
+        )
+        return sum(self.part_rows) - pairs
 
     def time_range(self) -> tuple[int | None, int | None]:
         """See `LogNumbers`."""

@@ -1,0 +1,262 @@
+"""Divides the rows of a log in a database into parts, and audits them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pyarrow as pa
+
+from twotower.config import SplitConfig
+from twotower.core.arrow import join_chunks
+from twotower.core.errors import choose
+from twotower.data.audit import (
+    FINDINGS,
+    Finding,
+    check_findings,
+    drop_repeats,
+    identical_rows,
+    repeated_pairs,
+    rows_drawn,
+    rows_of_future,
+)
+from twotower.data.contract import KEYS
+from twotower.data.interactions import Split, describe
+from twotower.data.split import (
+    TEST,
+    TRAIN,
+    VALIDATION,
+    check_parts,
+    held_out_counts,
+    is_enough,
+    parts_by_later_rows,
+    split_at_random,
+    undivided,
+)
+from twotower.pipeline.engines.database import Database
+from twotower.pipeline.engines.log import Log
+
+# Kinds of split that rows in a database have.
+KINDS = ("time", "leave_last_out", "random", "none")
+# Part of the rows that the audit drops.
+_NO_PART = -1
+# Ranges of time that rows are counted by, to find the moment at which a share of them begins.
+_RANGES = 2**20
+
+
+def split_log(database: Database, log: Log, config: SplitConfig) -> Log:
+    """Gives the rows of a log the column `part`, the number of their part.
+
+    Args:
+        database: Rows of the log.
+        log: The log.
+        config: Kind of the split, one of `KINDS`.
+
+    Returns:
+        The log, with a note on the rows that the audit has dropped: they have no part.
+
+    Raises:
+        ConfigError: A part that has a share would be empty, or train too small.
+        LeakageError: The split leaks.
+    """
+    if config.kind == "leave_last_out":
+        _hold_out(database, *_last_rows(database, log, config))
+    elif config.kind == "random":
+        _hold_out(database, *_drawn_rows(database, config))
+    else:
+        part = str(TRAIN)
+        if config.kind == "time":
+            part = _part_by_time(database, log.columns["timestamp"], config)
+        # The part is computed whenever it is read: no row is written again for it.
+        database.run(
+            "ALTER TABLE log RENAME TO undivided; "
+            f"CREATE VIEW log AS SELECT *, ({part})::TINYINT AS part FROM undivided"
+        )
+    sizes = part_sizes(database)
+    total = sum(sizes)
+    if config.kind == "time" and not is_enough(sizes[TRAIN] / total, config):
+        column = log.columns["timestamp"]
+        (times, counts) = database.columns(
+            f"SELECT {column} AS t, count(*) AS n FROM log GROUP BY t ORDER BY n DESC, t LIMIT 1"
+        )
+        cure = "use --engine=memory, which names a kind of split that suits them"
+        raise undivided(config, total, int(counts[0]), int(times[0]), cure)
+    check_parts(sizes, config)
+    return _audited(database, log, config)
+
+
+def _hold_out(database: Database, position: np.ndarray, part: np.ndarray) -> None:
+    """Gives rows at some positions of the source their part, and the others to training."""
+    database.create("held", pa.table({"position": position, "part": part}))
+    database.run(
+        f"CREATE TABLE divided AS SELECT log.*, coalesce(held.part, {TRAIN})::TINYINT AS part "
+        "FROM log LEFT JOIN held ON log.position = held.position; "
+        "DROP TABLE log; ALTER TABLE divided RENAME TO log; DROP TABLE held"
+    )
+
+
+def _last_rows(database: Database, log: Log, config: SplitConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns position and part of the last rows of each user."""
+    users, counts = database.columns("SELECT u, count(*) FROM log GROUP BY u")
+    rows_of_user = np.zeros(len(log.ids["user_id"]), np.int64)
+    rows_of_user[users] = counts
+    ends = np.cumsum(rows_of_user)
+    first = 0
+    positions = []
+    parts = []
+    sql = f"SELECT u, position FROM log ORDER BY u, {log.columns['timestamp']}, position"
+    for block in database.blocks(sql, int(ends[-1]), "last rows of users"):
+        user, position = (column.to_numpy() for column in block.columns)
+        later = ends[user] - 1 - (first + np.arange(len(user)))
+        part = parts_by_later_rows(later, rows_of_user[user], config)
+        positions.append(position[part != TRAIN])
+        parts.append(part[part != TRAIN])
+        first += len(user)
+    return np.concatenate(positions), np.concatenate(parts)
+
+
+def _drawn_rows(database: Database, config: SplitConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Returns position and part of the rows that are drawn to be held out."""
+    total = database.value("SELECT count(*) FROM log")
+    # By their number alone, as a log in memory is divided.
+    part = split_at_random(pa.table({"row": pa.nulls(total)}), config)
+    positions = []
+    first = 0
+    for block in database.blocks("SELECT position FROM log ORDER BY position", total, "drawing"):
+        is_held_out = part[first : first + len(block)] != TRAIN
+        positions.append(block["position"].to_numpy()[is_held_out])
+        first += len(block)
+    return np.concatenate(positions), part[part != TRAIN]
+
+
+def _audited(database: Database, log: Log, config: SplitConfig) -> Log:
+    """Looks for what the audit of a log in memory looks for; see `twotower.data.audit`."""
+    for name in config.accept_leakage:
+        choose(FINDINGS, name, "config.split.accept_leakage")
+    # Cut at a moment, parts differ in their times.
+    if config.kind in ("time", "none"):
+        return log
+    held_out = _rows(database, log, f"part > {TRAIN}")
+    parts = held_out.column("part").to_numpy()
+    position = held_out.column("position").to_numpy()
+    order = np.argsort(parts, kind="stable")
+    tables = [held_out.filter(pa.array(parts == part)) for part in (VALIDATION, TEST)]
+    # Training rows that repeat none of them are no finding.
+    pairs = f"SELECT u, i FROM log WHERE part > {TRAIN}"
+    train = _rows(database, log, f"part = {TRAIN} AND (u, i) IN ({pairs})")
+    split = Split(train, *tables)
+    found = [
+        _random_split(database, log, config, tables),
+        _future_rows(database, log, config, tables),
+        repeated_pairs(split, config),
+        identical_rows(split, config),
+    ]
+    findings = [finding for finding in found if finding is not None]
+    check_findings(findings, config)
+    _, dropped = drop_repeats(split, findings, config)
+    if not dropped:
+        return log
+    is_dropped = np.zeros(len(order), bool)
+    for finding in findings:
+        if finding.repeated is not None and finding.name not in config.accept_leakage:
+            is_dropped |= finding.repeated
+    database.create("gone", pa.table({"position": position[order[is_dropped]]}))
+    database.run(f"UPDATE log SET part = {_NO_PART} WHERE position IN (FROM gone); DROP TABLE gone")
+    dataset = log.dataset
+    dataset = dataclasses.replace(dataset, dropped=(*dataset.dropped, *dropped))
+    return dataclasses.replace(log, dataset=dataset)
+
+
+def _rows(database: Database, log: Log, condition: str) -> pa.Table:
+    """Returns ids, time, part and position of some rows, in the order of the source."""
+    time = log.columns["timestamp"]
+    rows = database.table(
+        f"SELECT u, i, {time} AS timestamp, part, position FROM log WHERE {condition} "
+        "ORDER BY position"
+    )
+    for column, key in zip(("u", "i"), KEYS, strict=True):
+        codes = join_chunks(rows[column].cast(pa.int32()))
+        ids = pa.DictionaryArray.from_arrays(codes, log.ids[key])
+        rows = rows.set_column(rows.column_names.index(column), key, ids)
+    return rows
+
+
+def _random_split(
+    database: Database, log: Log, config: SplitConfig, held_out: list[pa.Table]
+) -> Finding | None:
+    """Finds rows that were drawn from a log which has an order."""
+    last = [rows for rows in held_out if len(rows)][-1:]
+    if config.kind != "random" or not last or not _has_order(database, log, config):
+        return None
+    return rows_drawn(sum(map(len, held_out)), describe(last[0], 0))
+
+
+def _future_rows(
+    database: Database, log: Log, config: SplitConfig, held_out: list[pa.Table]
+) -> Finding | None:
+    """Finds training rows of other users that are later than a held-out row."""
+    last = [rows for rows in held_out if len(rows)][-1:]
+    if config.kind != "leave_last_out" or not last or not _has_order(database, log, config):
+        return None
+    earliest = int(last[0]["timestamp"].to_numpy().min())
+    later = f"part = {TRAIN} AND {log.columns['timestamp']} > {earliest}"
+    count = database.value(f"SELECT count(*) FROM log WHERE {later}")
+    if not count:
+        return None
+    first = database.value(f"SELECT min(position) FROM log WHERE {later}")
+    example = describe(_rows(database, log, f"position = {first}"), 0)
+    return rows_of_future(count, part_sizes(database)[TRAIN], earliest, example)
+
+
+def _has_order(database: Database, log: Log, config: SplitConfig) -> bool:
+    """Returns whether the log could be divided by time in the same shares."""
+    if config.validation + config.test >= 1:
+        return True
+    part = _part_by_time(database, log.columns["timestamp"], config)
+    share = database.value(f"SELECT count(*) FILTER ({part} = {TRAIN}) / count(*) FROM log")
+    return is_enough(share, config)
+
+
+def part_sizes(database: Database) -> list[int]:
+    """Returns the number of rows of each part."""
+    numbers, counts = database.columns(
+        "SELECT part, count(*) FROM log WHERE part >= 0 GROUP BY part"
+    )
+    sizes = [0, 0, 0]
+    for number, count in zip(numbers, counts, strict=True):
+        sizes[number] = int(count)
+    return sizes
+
+
+def _part_by_time(database: Database, column: str, config: SplitConfig) -> str:
+    """Returns the number of the part of a row as SQL; see `twotower.data.split.split_by_time`."""
+    total = database.value("SELECT count(*) FROM log")
+    held_out, test = held_out_counts(total, config)
+    cases = ""
+    # The first that fits is taken: test rows are after those of validation.
+    for count, part in ((test, 2), (held_out, 1)):
+        if count:
+            cases += f"WHEN {column} >= {_begin_of_last(database, column, count)} THEN {part} "
+    return f"CASE {cases} ELSE 0 END" if cases else "0"
+
+
+def _begin_of_last(database: Database, column: str, count: int) -> int:
+    """Returns the time of the `count`-th row from the end.
+
+    Rows are counted by ranges of time first and then by the times of one range: neither is as many
+    as the rows are.
+    """
+    low, high = (x[0] for x in database.columns(f"SELECT min({column}), max({column}) FROM log"))
+    width = int(high - low) // _RANGES + 1
+    number = f"({column} - {low}) // {width}"
+    ranges, rows = database.columns(
+        f"SELECT {number} AS r, count(*) FROM log GROUP BY r ORDER BY r DESC"
+    )
+    # The range in which the row lies; those after it are counted already.
+    place = int(np.searchsorted(np.cumsum(rows), count))
+    before = int(rows[:place].sum())
+    times, rows = database.columns(
+        f"SELECT {column} AS t, count(*) FROM log WHERE {number} = {ranges[place]} "
+        "GROUP BY t ORDER BY t DESC"
+    )
+    return int(times[np.searchsorted(np.cumsum(rows), count - before)])
