@@ -98,7 +98,7 @@ def place(tmp_path_factory):
         (place / f"{name}.log.csv").write_text("\n".join([header, *part]) + "\n")
     rows = []
     for pair in range(625):
-        time = 1_600_000_000 + 60 * (pair % 37)
+        time = 1_600_000_000 + 60 * (pair % 5)
         rows.append(f"{time},{pair // 25},{pair % 25},view,1")
     # Few rows of which another has user and item: the audit drops those that are held out.
     rows += [f"1600003600,{n},{n},view,1" for n in range(2)]
