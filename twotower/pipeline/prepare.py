@@ -386,7 +386,7 @@ def prepare(
         encode_rows(part, user, item, encoder, labels, event_weights)
         for part, user, item in zip(parts.tables, log.users, log.items)
     ]
-    check_any_weight(rows[0].weight.any())
+    check_any_weight(bool(rows[0].weight.any()))
     # From rows as arrays, all parts at once: a test row's past holds training and validation rows.
     histories, (train, validation, test) = with_histories(encoder, parts, rows, len(users))
     return PreparedData(
