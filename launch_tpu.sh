@@ -15,6 +15,9 @@ bash launch_tpu.sh --name=NAME --zone=ZONE --config=FILE --workdir=FOLDER [optio
   --version   runtime version, such as tpu-ubuntu2204-base; needed to create it
   --project   Google Cloud project; by default that of gcloud
   --spot      create a spot TPU: cheaper, and taken away at any time
+  --queued    create it by a queued resource of this name: Google Cloud gives it when there is one, and this waits for that
+  --wait      how long a queued request stands, such as 6h; without it, for ever
+  --bucket    a bucket that is mounted at runs/ on each worker, by gcsfuse
   --ref       git commit, branch or tag to run; by default the tree as it lies here
   --dry-run   print each command and run none
   --help      this
@@ -24,6 +27,7 @@ Example: bash launch_tpu.sh --name=towers --zone=us-central2-b --type=v4-8 --ver
 
 The workers of a slice train one run together, each on its own part of every batch. All of them must see the folder of the run:
 name one in a bucket or an NFS share that is mounted at the same place on each, such as --workdir=/mnt/share/runs/quickstart.
+--bucket mounts one for --workdir=runs/NAME.
 
 Run again, it reuses the TPU and the run goes on from its last checkpoint. The TPU is left running; fetch the run, delete it:
   gcloud compute tpus tpu-vm scp --recurse NAME:twotower/runs/quickstart runs/ --zone=ZONE
@@ -37,7 +41,7 @@ fail() {
 }
 
 # Empty values, so that `set -u` accepts a flag that is not given; `parse` sets them by name.
-name='' zone='' type='' version='' project='' spot='' config='' workdir='' ref='' dry_run=''
+name='' zone='' type='' version='' project='' spot='' queued='' wait='' bucket='' config='' workdir='' ref='' dry_run=''
 train_flags=()
 
 parse() {
@@ -47,11 +51,12 @@ parse() {
       --) shift && train_flags=("$@") && return ;;
       --help | -h) usage && exit 0 ;;
       --spot) spot=yes && shift && continue ;;
+      --queued) queued=yes && shift && continue ;;
       --dry-run) dry_run=yes && shift && continue ;;
-      --name=* | --zone=* | --type=* | --version=* | --project=* | --config=* | --workdir=* | --ref=*)
+      --name=* | --zone=* | --type=* | --version=* | --project=* | --config=* | --workdir=* | --ref=* | --wait=* | --bucket=*)
         flag=${1%%=*} value=${1#*=} && shift
         ;;
-      --name | --zone | --type | --version | --project | --config | --workdir | --ref)
+      --name | --zone | --type | --version | --project | --config | --workdir | --ref | --wait | --bucket)
         [ $# -gt 1 ] || fail "$1 needs a value"
         flag=$1 value=$2 && shift 2
         ;;
@@ -70,6 +75,11 @@ check() {
     /* | runs/* | *://*) ;;
     *) fail "--workdir=$workdir must be under runs/, or an absolute path" ;;
   esac
+  case $bucket:$workdir in
+    :* | *:runs/*) ;;
+    *) fail "--bucket=$bucket is mounted at runs/: --workdir=$workdir must be under runs/" ;;
+  esac
+  case $wait:$queued in ?*:) fail "--wait=$wait needs --queued" ;; esac
   [ -f "${config%%:*}" ] || fail "--config=$config: there is no such file in $PWD"
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not on the PATH: install the Google Cloud CLI and log in"
 }
@@ -94,10 +104,38 @@ tpu() { # tpu COMMAND ARGUMENTS...
   run gcloud compute tpus tpu-vm "$@" "--zone=$zone" ${project:+"--project=$project"}
 }
 
+queue() { # queue COMMAND ARGUMENTS...
+  run gcloud compute tpus queued-resources "$@" "--zone=$zone" ${project:+"--project=$project"}
+}
+
+await_queued() { # until the TPU of a queued resource is there
+  local state
+  while true; do
+    state=$(queue describe "$name" '--format=value(state.state)')
+    [ -z "$dry_run" ] || return 0
+    case $state in
+      ACTIVE) return ;;
+      FAILED | SUSPENDING | SUSPENDED) fail "the queued resource '$name' is in state $state; delete it (gcloud compute tpus queued-resources delete $name --force --zone=$zone) and try again" ;;
+    esac
+    echo "# the queued resource '$name' is in state $state: asking again in ${QUEUE_SECONDS:-60} seconds" >&3
+    sleep "${QUEUE_SECONDS:-60}"
+  done
+}
+
 create() {
   [ -n "$type" ] || fail "--type is missing: there may be no TPU '$name' in $zone, and creating it needs a type; see --help"
   [ -n "$version" ] || fail "--version is missing: there may be no TPU '$name' in $zone, and creating it needs one; see --help"
-  tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+--spot}
+  if [ -z "$queued" ]; then
+    tpu create "$name" "--accelerator-type=$type" "--version=$version" ${spot:+--spot}
+    return
+  fi
+  queue create "$name" "--node-id=$name" "--accelerator-type=$type" "--runtime-version=$version" ${spot:+--spot} \
+    ${wait:+"--valid-until-duration=$wait"}
+  await_queued
+}
+
+delete() { # a TPU that was taken away, with its queued resource, if it had one
+  if [ -n "$queued" ]; then queue delete "$name" --force --quiet; else tpu delete "$name" --quiet; fi
 }
 
 ensure() { # a TPU of this name that is ready
@@ -116,7 +154,7 @@ ensure() { # a TPU of this name that is ready
     READY) echo "# there is a TPU '$name': reusing it" >&3 ;;
     STOPPED) tpu start "$name" ;;
     # A spot TPU that was taken away cannot be started again.
-    PREEMPTED | TERMINATED) tpu delete "$name" --quiet && create ;;
+    PREEMPTED | TERMINATED) delete && create ;;
     *) fail "the TPU '$name' is in state $state; try again when it is READY" ;;
   esac
 }
@@ -145,6 +183,15 @@ remote_install+=' || { sudo apt-get -qq -o DPkg::Lock::Timeout=600 update'
 remote_install+=' && sudo apt-get -qq -o DPkg::Lock::Timeout=600 install -y python3.11-venv; }; }'
 remote_install+=' && EXTRAS=tpu bash launch_local.sh install'
 
+# The bucket is mounted as a folder. Orbax renames the folder of a checkpoint when it is whole, which a bucket without folders does
+# object by object: the limit is that of objects in one.
+mount_command() {
+  printf 'mountpoint -q twotower/runs || { command -v gcsfuse >/dev/null || { echo "gcsfuse is not installed" >&2; exit 1; }; '
+  printf 'mkdir -p twotower/runs && '
+  quoted gcsfuse --implicit-dirs --rename-dir-limit=100000 "$bucket" twotower/runs
+  printf '; }'
+}
+
 train_command() {
   printf 'cd twotower && '
   # Always --distributed: the TPU knows the number of workers and of this one, also of a single one.
@@ -164,6 +211,7 @@ main() {
   pack
   tpu scp "$archive" "$name:twotower.tar.gz" --worker=all
   tpu ssh "$name" --worker=all "--command=$remote_install"
+  [ -z "$bucket" ] || tpu ssh "$name" --worker=all "--command=$(mount_command)"
   tpu ssh "$name" --worker=all "--command=$(train_command)"
 }
 

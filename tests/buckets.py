@@ -235,3 +235,12 @@ def serving():
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def set_addresses(patch, server):
+    """Lets the clients of both clouds ask the server."""
+    patch.setenv("AWS_ENDPOINT_URL", server.url)
+    patch.setenv("AWS_ACCESS_KEY_ID", "key")
+    patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    patch.setenv("AWS_REGION", "us-east-1")
+    patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server.url)

@@ -22,6 +22,7 @@ TOOLS = (
     "seq",
     "sleep",
     "tar",
+    "wc",
 )
 
 LAUNCHERS = [str(path.relative_to(ROOT)) for path in (ROOT / "experiments" / "launch").glob("*.*")]

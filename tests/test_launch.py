@@ -21,6 +21,18 @@ if [ "$command" = describe ]; then
   echo "$STATE"
 fi
 """
+# Beside it, queued resources that take three looks to be given.
+QUEUED = GCLOUD.replace(
+    "command=$4\n",
+    """command=$4
+if [ "$3" = queued-resources ]; then
+  if [ "$4" = describe ]; then echo x >>"$CALLS.looks"; set -- $(wc -l <"$CALLS.looks")
+    [ "$1" -lt 3 ] && echo WAITING_FOR_RESOURCES || echo "${QUEUE:-ACTIVE}"
+  fi
+  exit
+fi
+""",
+)
 
 # A Python that is suitable if VERSIONS names it; `-m venv` makes an environment of the same
 # stand-in.
@@ -99,6 +111,35 @@ def test_a_tpu_that_is_there_is_reused_started_or_replaced(tpu, state, expected)
     result = tpu.run("launch_tpu.sh", *NEEDED, *CREATE, STATE=state)
     assert result.returncode == 0, result.stderr
     assert verbs(tpu.calls()) == ["describe", *expected, "scp", "ssh", "ssh"]
+
+
+def test_a_queued_resource_is_asked_for_and_waited_for(tpu):
+    tpu.stand_in("gcloud", QUEUED)
+    asked = (*NEEDED[:3], "--workdir=runs/a", *CREATE, "--queued", "--spot", "--wait=6h")
+    result = tpu.run("launch_tpu.sh", *asked, QUEUE_SECONDS="0")
+    assert result.returncode == 0, result.stderr
+    calls = tpu.calls()
+    assert [call[3] for call in calls[:2]] == ["describe", "create"]
+    assert calls[1][2] == "queued-resources"
+    assert {"--node-id=my tpu", "--runtime-version=base", "--spot"} <= set(calls[1])
+    assert "--valid-until-duration=6h" in calls[1]
+    assert [call[3] for call in calls[2:5]] == ["describe"] * 3
+    assert verbs(calls[5:]) == ["scp", "ssh", "ssh"]
+    # One that was taken away goes with its request, and one that is refused ends the launch.
+    result = tpu.run("launch_tpu.sh", *asked, STATE="PREEMPTED", QUEUE="FAILED", QUEUE_SECONDS="0")
+    assert result.returncode == 1 and "is in state FAILED" in result.stderr
+    assert [call[3] for call in tpu.calls()[1:3]] == ["delete", "create"]
+
+
+def test_a_bucket_is_mounted_on_every_worker_before_it_trains(tpu):
+    asked = (*NEEDED[:3], "--workdir=runs/a", "--bucket=a b")
+    assert tpu.run("launch_tpu.sh", *asked, STATE="READY").returncode == 0
+    *_, mount, train = tpu.calls()
+    assert "--worker=all" in mount and "--workdir=runs/a" in " ".join(train)
+    (command,) = [arg for arg in mount if arg.startswith("--command=")]
+    assert "gcsfuse --implicit-dirs --rename-dir-limit=100000 'a b' twotower/runs" in command
+    syntax = ["bash", "-n", "-c", command.removeprefix("--command=")]
+    assert subprocess.run(syntax).returncode == 0
 
 
 def test_every_worker_gets_the_tree_the_installation_and_the_command(tpu):
@@ -207,6 +248,8 @@ def test_a_commit_can_be_run_instead_of_the_tree(tpu):
         ((*NEEDED, "--type=v4-8"), "--version is missing"),
         ((*NEEDED, "--zome=z"), "unknown flag '--zome=z'"),
         ((*NEEDED, "--type"), "--type needs a value"),
+        ((*NEEDED, "--bucket=b"), "--bucket=b is mounted at runs/"),
+        ((*NEEDED, "--wait=6h"), "--wait=6h needs --queued"),
         (
             (*NEEDED[:2], "--config=configs/none.py", NEEDED[3]),
             "configs/none.py: there is no such file",
@@ -228,6 +271,9 @@ def test_help_names_every_flag(tpu):
         "version",
         "project",
         "spot",
+        "queued",
+        "wait",
+        "bucket",
         "config",
         "workdir",
         "ref",

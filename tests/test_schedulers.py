@@ -30,6 +30,9 @@ KUBECTL = RECORD + 'cat >"$CALLS.yaml"\n'
 RUN = ("--config=quickstart", "--workdir=runs/a")
 SLURM = ("--nodes=2", "--gpus=4", *RUN)
 GPUS = ("--name=towers", "--image=host/image:1", "--claim=disk", "--nodes=2", "--gpus=8", *RUN)
+BUCKET = (*GPUS[:2], "--bucket=shop", "--service-account=trainer", *GPUS[3:])
+XPK = ("--name=towers", "--cluster=pods", "--tpu-type=v5p-64", "--image=host/image:1")
+XPK += ("--config=quickstart", "--workdir=/mnt/runs/a")
 TPUS = (*GPUS[:4], "--tpus=4", "--tpu-type=tpu-v6e-slice", "--tpu-topology=2x4", *RUN)
 
 
@@ -125,7 +128,7 @@ def container(manifest):
     return job, job["template"]["spec"]["containers"][0]
 
 
-@pytest.mark.parametrize("args", [GPUS, TPUS], ids=["gpus", "tpus"])
+@pytest.mark.parametrize("args", [GPUS, TPUS, BUCKET], ids=["gpus", "tpus", "bucket"])
 def test_the_manifest_fits_the_schema_of_a_jobset(launcher, args):
     flags, manifest = submitted(launcher, *args, "--namespace=n", "--", *AWKWARD)
     assert flags == ["create", "--filename=-", "--namespace=n"]
@@ -161,6 +164,38 @@ def test_a_slice_of_tpus_numbers_its_machines_itself(launcher):
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
         "cloud.google.com/gke-tpu-topology": "2x4",
     }
+
+
+def test_a_bucket_is_mounted_where_a_claim_would_be(launcher):
+    _, manifest = submitted(launcher, *BUCKET)
+    pod = container(manifest)[0]["template"]
+    (volume,) = pod["spec"]["volumes"]
+    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert volume["csi"]["volumeAttributes"]["bucketName"] == "shop"
+    # Checkpoints are renamed when they are whole.
+    assert "rename-dir-limit=" in volume["csi"]["volumeAttributes"]["mountOptions"]
+    assert pod["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    assert pod["spec"]["serviceAccountName"] == "trainer"
+    _, manifest = submitted(launcher, *GPUS)
+    (volume,) = container(manifest)[0]["template"]["spec"]["volumes"]
+    assert volume == {"name": "runs", "persistentVolumeClaim": {"claimName": "disk"}}
+
+
+def test_xpk_gets_a_workload_whose_workers_start_again_where_that_helps(launcher):
+    launcher.stand_in("xpk", RECORD)
+    flags = ("--num-slices=2", "--zone=us-east5-a")
+    args = (*XPK, *flags, "--", *AWKWARD)
+    assert launcher.run("experiments/launch/xpk.sh", *args).returncode == 0
+    ((_, *call),) = launcher.calls()
+    assert call[:2] == ["workload", "create"] and set(flags) <= set(call)
+    assert {"--workload=towers", "--tpu-type=v5p-64", "--docker-image=host/image:1"} <= set(call)
+    # 134 is among those that xpk starts again by itself; 78 is not.
+    assert "--restart-on-exit-codes=75" in call and "--max-restarts=10" in call
+    (command,) = [arg.partition("=")[2] for arg in call if arg.startswith("--command=")]
+    start = ["python", "-m", "experiments.train", *XPK[4:], "--distributed"]
+    assert shlex.split(command) == [*start, *AWKWARD]
+    printed = launcher.run("experiments/launch/xpk.sh", *args[:-3], "--dry-run", *args[-3:])
+    assert shlex.split(printed.stdout)[1:] == call and launcher.calls() == []
 
 
 def controller_action(manifest, code, *, evicted=False):
@@ -207,6 +242,9 @@ def test_exit_statuses_tell_a_jobset_what_to_do(launcher, args):
         ("slurm.sh", (*SLURM, "stray"), "'stray' is no flag"),
         ("jobset.sh", GPUS[1:], "--name is missing"),
         ("jobset.sh", (*GPUS[:4], *RUN), "one of --gpus and --tpus must be given"),
+        ("jobset.sh", (*GPUS, "--bucket=b"), "one of --claim and --bucket must be given"),
+        ("xpk.sh", XPK[1:], "--name is missing"),
+        ("xpk.sh", (*XPK, "--workdir=runs/a"), "--workdir=runs/a must be an absolute path"),
         ("jobset.sh", (*GPUS, "--tpus=4"), "one of --gpus and --tpus must be given"),
         ("jobset.sh", (*GPUS[:4], "--tpus=4", *RUN), "--tpu-type is missing"),
         ("jobset.sh", (*GPUS, "--workdir=/mnt/run"), "--workdir=/mnt/run must be under runs/"),
@@ -219,16 +257,17 @@ def test_a_wrong_command_line_is_refused_and_submits_nothing(launcher, script, a
 
 
 @pytest.mark.parametrize(
-    "script, args, tool", [("slurm.sh", SLURM, "sbatch"), ("jobset.sh", GPUS, "kubectl")]
+    "script, args, tool",
+    [("slurm.sh", SLURM, "sbatch"), ("jobset.sh", GPUS, "kubectl"), ("xpk.sh", XPK, "xpk")],
 )
 def test_without_the_scheduler_only_a_dry_run_works(launcher, script, args, tool):
-    (launcher.bin / tool).unlink()
+    (launcher.bin / tool).unlink(missing_ok=True)
     result = launcher.run(f"experiments/launch/{script}", *args)
     assert result.returncode == 1 and f"{tool} is not on the PATH" in result.stderr
     assert launcher.run(f"experiments/launch/{script}", *args, "--dry-run").returncode == 0
 
 
-@pytest.mark.parametrize("script", ["slurm.sh", "jobset.sh"])
+@pytest.mark.parametrize("script", ["slurm.sh", "jobset.sh", "xpk.sh"])
 def test_help_names_every_flag_of_its_own(launcher, script):
     text = (ROOT / "experiments" / "launch" / script).read_text()
     names = re.search(r'^parse "(.*?)"', text, re.MULTILINE)[1].split()

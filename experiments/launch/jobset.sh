@@ -4,12 +4,14 @@ set -euo pipefail
 
 usage() {
   cat <<'END'
-bash experiments/launch/jobset.sh --name=NAME --image=IMAGE --claim=CLAIM --nodes=N (--gpus=N | --tpus=N --tpu-type=TYPE --tpu-topology=AxB)
+bash experiments/launch/jobset.sh --name=NAME --image=IMAGE (--claim=CLAIM | --bucket=BUCKET) --nodes=N (--gpus=N | --tpus=N --tpu-type=TYPE --tpu-topology=AxB)
   --config=EXPERIMENT --workdir=runs/NAME [flags of kubectl] [-- flags of experiments.train]
 
   --name           of the JobSet
   --image          the image of this tree: see experiments/launch/Dockerfile
   --claim          claim of a volume that all nodes can write (ReadWriteMany), mounted at runs/
+  --bucket         in its place, a bucket that the Cloud Storage FUSE driver of GKE mounts at runs/
+  --service-account  service account of the pods, one that may write to the bucket
   --nodes          number of machines
   --gpus           number of GPUs of each
   --tpus           number of TPU chips of each, whose number of machines is that of the slice
@@ -31,14 +33,27 @@ END
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source experiments/launch/common.sh
-name='' image='' claim='' nodes='' gpus='' tpus='' tpu_type='' tpu_topology=''
-parse "name image claim nodes gpus tpus tpu-type tpu-topology" "$@"
-require name image claim nodes config workdir
+name='' image='' claim='' bucket='' service_account='' nodes='' gpus='' tpus='' tpu_type='' tpu_topology=''
+parse "name image claim bucket service-account nodes gpus tpus tpu-type tpu-topology" "$@"
+require name image nodes config workdir
 require_number nodes
 case $workdir in
   runs/?*) ;;
   *) fail "--workdir=$workdir must be under runs/, where the volume is mounted" ;;
 esac
+
+pod_annotations='{}'
+case ${claim:+claim}${bucket:+bucket} in
+  claim) volume="persistentVolumeClaim: {claimName: $claim}" ;;
+  bucket)
+    # Without folders in the bucket, renaming one renames each object in it.
+    options='implicit-dirs,rename-dir-limit=100000,uid=1000,gid=1000'
+    volume="csi: {driver: gcsfuse.csi.storage.gke.io, volumeAttributes: {bucketName: $bucket, mountOptions: '$options'}}"
+    pod_annotations='{gke-gcsfuse/volumes: "true"}'
+    ;;
+  *) fail "one of --claim and --bucket must be given; see --help" ;;
+esac
+service_account=${service_account:-default}
 
 command=(python -m experiments.train "--config=$config" "--workdir=$workdir" --distributed)
 case ${gpus:+gpu}${tpus:+tpu} in
@@ -82,7 +97,7 @@ if [ -n "$gpus" ]; then list+=', "--process=$(JOB_COMPLETION_INDEX)"'; fi
 command="[$list]"
 
 manifest=$(<experiments/launch/jobset.yaml)
-for key in name annotations nodes pod_security node_selector image command container_security resources claim; do
+for key in name annotations nodes pod_security node_selector image command container_security resources volume pod_annotations service_account; do
   manifest=${manifest//"\${$key}"/"${!key}"}
 done
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.buckets import serving
+from tests.buckets import serving, set_addresses
 from twotower.core.errors import BundleError, BusyError, ConfigError, FolderError
 from twotower.core.files import digest
 from twotower.core.remote import mirror
@@ -24,11 +24,7 @@ RUN = "s3://shop/runs/a"
 @pytest.fixture(scope="module")
 def server():
     with serving() as server, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AWS_ENDPOINT_URL", server.url)
-        patch.setenv("AWS_ACCESS_KEY_ID", "key")
-        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
-        patch.setenv("AWS_REGION", "us-east-1")
-        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", server.url)
+        set_addresses(patch, server)
         yield server
 
 
