@@ -93,6 +93,7 @@ class DirectProtocol(HttpToolsProtocol):
         """Is called when a request that was to be answered directly is over."""
 
     def on_headers_complete(self) -> None:
+        # By the URL as it was sent: one with a query, or written otherwise, goes uvicorn's way.
         endpoint = self.direct.get(self.url)
         if endpoint is None or not self._is_usual():
             super().on_headers_complete()
@@ -102,6 +103,8 @@ class DirectProtocol(HttpToolsProtocol):
     def _is_usual(self) -> bool:
         """Whether a request with these headers can be answered directly, once its body is here."""
         parser = self.parser
+        # Requests that a client sends behind one another are answered in their order: uvicorn keeps
+        # it.
         if parser is None or not self.is_free or self.expect_100_continue or self.closing:
             return False
         is_post = parser.get_method() == b"POST" and parser.get_http_version() == "1.1"
@@ -126,6 +129,8 @@ class DirectProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._arriving is not None and not self.transport.is_closing():
+            # All that has arrived was parsed: what is missing comes later, or never, and uvicorn
+            # bounds that.
             self._wait_for_body(self._arriving)
 
     def _wait_for_body(self, request: _Request) -> None:
@@ -149,6 +154,7 @@ class DirectProtocol(HttpToolsProtocol):
             closing = self.closing
             head = _HEADS.find(self.server_state.default_headers, reply, closing)
             length = b"content-length: %d\r\n\r\n" % len(reply.body)
+            # One write, of which the system makes one packet where it fits.
             self.transport.write(b"".join((head, length, reply.body)))
             self.server_state.total_requests += 1
             if closing:
@@ -187,6 +193,7 @@ class DirectProtocol(HttpToolsProtocol):
         self._idle_timer = None
         if self.transport.is_closing():
             return
+        # Requests since the timer was set have moved the end, and not the timer.
         left = self._idle_since + self.idle_seconds - self.loop.time()
         if left <= 0 and self.is_free and self._arriving is None:
             self.transport.close()
@@ -210,7 +217,9 @@ class _Heads:
             reply: Answer.
             closing: Further headers.
         """
+        # Refusals are few, and have headers of their own.
         is_usual = reply.status == 200 and not closing
+        # By identity, which compares nothing: both lists are kept by whoever made them.
         if is_usual and default is self._default and reply.headers is self._headers:
             return self._head
         lines = [STATUS_LINE[reply.status]]

@@ -15,6 +15,7 @@ def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[Non
     Args:
         handler: Function of the number of the signal and the frame that it met.
     """
+    # Put back after the block: a process that goes on, such as that of a test, has its own.
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
         before[number] = signal.signal(number, handler)

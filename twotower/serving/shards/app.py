@@ -43,6 +43,7 @@ class ShardApp(Service):
         """
         super().__init__(access=access, limits=limits)
         self.shard = shard
+        # That of the API: router and shards are of one bundle if it is the same.
         self.version = Answers.version_of(shard.manifest)
         self.set_endpoints(
             [
@@ -104,7 +105,9 @@ class ShardApp(Service):
             self.status = "it could not be made ready; its log says why"
             return
         gc.collect()
+        # As of any server, see `App.prepare`: what stays is no garbage.
         gc.freeze()
+        # Told to stop meanwhile, it stays out.
         if self.status == "starting":
             self.status = "ok"
             logging.info("Ready after %.1f s.", time.perf_counter() - start)
@@ -145,6 +148,7 @@ def read_access(host: str, environment: Mapping[str, str]) -> Access:
     """
     token = environment.get(TOKEN)
     if token is None:
+        # A shard gives its items' vectors to whoever asks: nobody else shall reach it by mistake.
         if host not in LOOPBACK:
             raise ConfigError(
                 f"--host={host} --shard: other machines reach it, and {TOKEN} is not set. Set it "

@@ -85,6 +85,7 @@ class _Shard:
             raise ConfigError(f"--shard_urls: {url!r} has no port that there is.") from None
         self.number = number
         self.url = url
+        # Missing until a look has found the right version: no answer is made of another one.
         self.reason = "it was not asked yet"
         self._address = parts.hostname, port
         self._headers = {"content-type": "application/json"}
@@ -152,6 +153,7 @@ class _Shard:
         connection = http.client.HTTPConnection(*self._address, timeout=_left(last))
         try:
             connection.connect()
+            # A request is small and waited for: the system must not hold it back for more.
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._request(connection, path, body, last)
         except TimeoutError:
@@ -182,6 +184,7 @@ class _Shard:
                 raise ValueError(f"it has more than {MAX_ANSWER:,} bytes")
             parts.append(part)
             sock.settimeout(_left(last))
+        # Bytes that were announced and did not come: half a list would be read as a whole one.
         if response.length:
             raise ConnectionError("its answer ends too early")
         # A connection takes no further request before its last answer is closed.
@@ -276,6 +279,7 @@ class Router:
         for query in queries:
             bodies.append(types.encode(types.write_query(self._version, query), query.where))
         found = self._ask("/v1/shard/search", bodies, types.FoundItems)
+        # One that answers is enough: a list of most of the items is better than none, and says so.
         if all(answer is None for answer in found):
             raise self._refusal(self._shards)
         count = len(queries[0].queries)
@@ -337,6 +341,8 @@ class Router:
             return str(error).rstrip(".")
         if info.version != self._version:
             return f"it has version {info.version} of the bundle, and not {self._version}"
+        # URLs in another order would give the rows of one shard to another one, whose items have
+        # them too.
         if (info.shard, info.shards) != (shard.number, len(self)):
             return f"it is shard {info.shard} of {info.shards}, counted from 0"
         return ""
@@ -349,6 +355,7 @@ class Router:
             bodies: Body for each shard; None for one that is not asked.
             answer: Type of the answers.
         """
+        # One limit for all shards together, since they work at the same time.
         last = time.monotonic() + self._seconds
         sent: dict[int, _Sent] = {}
         # All of them work while the first one is waited for.
@@ -374,6 +381,7 @@ class Router:
         try:
             yield
         except (_Failure, msgspec.DecodeError) as error:
+            # Left out from now on, until a look finds it again: the limit is paid once.
             shard.reason = str(error).rstrip(".")
             _miss(shard)
             self.report(shard.number, error.why if isinstance(error, _Failure) else "error")

@@ -22,11 +22,14 @@ from twotower.serving.types import MAX_CONDITIONS, Request
 MAX_QUERIES = 4_096  # queries that are searched together
 MAX_LENGTH = 100_000  # items of a list: a router asks for more than it shows
 MAX_ROWS = 65_536  # rows whose vectors are asked for together
+# The order of bytes is written down: router and shard need not run on one kind of processor.
 VECTOR = np.dtype("<f4")
 ROW = np.dtype("<i4")
 OFFSET = np.dtype("<i8")
 
 
+# Arrays as bytes, which JSON has as base64: numbers as text take several times the room and the
+# time.
 class Search(Request, kw_only=True):
     """A search among the items of a shard.
 
@@ -138,6 +141,8 @@ def read_query(search: Search, dim: int, size: int) -> ShardQuery:
     queries = _array(search.queries, VECTOR, "queries")
     offsets = _array(search.offsets, OFFSET, "offsets")
     exclude = _rows(search.exclude, size, "exclude")
+    # Checked like a request of anybody: a shard is a server of its own, and a wrong row would read
+    # beyond its vectors.
     if len(queries) != search.count * dim:
         raise _mistake("queries", f"they are not {search.count} vectors {dim} wide")
     is_rising = len(offsets) == search.count + 1 and bool((np.diff(offsets) >= 0).all())
@@ -209,6 +214,7 @@ def _value(sent: Any) -> Any:
     """Returns the value of a condition that was sent."""
     if isinstance(sent, Mapping):
         return Members(_value(sent["members"]), sent["separator"])
+    # JSON knows no tuples, in which conditions hold several values.
     return tuple(sent) if isinstance(sent, list) else sent
 
 
