@@ -140,6 +140,7 @@ def test_a_body_that_comes_too_slowly_is_cut_off(app):
         ("GET /v1/info", "read"),
         ("GET /metrics", "read"),
         ("POST /v1/events", "change"),
+        ("POST /v1/erase_user", "change"),
         ("DELETE /v1/items/no-item", "change"),
         ("GET /healthz", None),
         ("GET /readyz", None),

@@ -1,5 +1,6 @@
 """What was shown: written beside the requests, joined with what came of it."""
 
+import asyncio
 import dataclasses
 
 import numpy as np
@@ -7,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.serving.asking import make_app, post
+from tests.serving.asking import TOKENS, make_app, post, send
 from twotower.commands.serving import impressions as command
 from twotower.core.errors import ConfigError
 from twotower.serving.events import EventLog, StoredEvent
@@ -48,6 +49,41 @@ def test_every_item_that_is_shown_is_a_row(retriever, tmp_path, log):
         assert row["propensity"] == pytest.approx(item.get("propensity", 1.0))
         assert row["best"] == item.get("best", True)
     assert rows[-1]["user_id"] is None and rows[-1]["source"] == "popular"
+
+
+def test_a_user_who_is_erased_leaves_nothing_behind(retriever, tmp_path, log):
+    """Neither in the memory of any server of the events, nor in a byte of a file."""
+    app = make_app(retriever, tmp_path, tokens={"change": TOKENS["change"]}, impressions=log)
+    other = make_app(retriever, tmp_path)
+    item = retriever.items()["item_id"][0].as_py()
+    users = ["somebody-to-forget", "somebody-else"]
+    events = [{"event_id": f"e-{user}", "user_id": user, "item_id": item} for user in users]
+
+    async def ask():
+        token = {"headers": {"x-api-key": TOKENS["change"]}}
+        await send(app, "POST", "/v1/events", {"events": events}, **token)
+        await other.writer.follow()
+        for user in users:
+            await send(app, "POST", "/v1/retrieve", {"user_id": user, "k": 3}, **token)
+        await asyncio.to_thread(log.flush)
+        # Shown, and not written yet.
+        await send(app, "POST", "/v1/retrieve", {"user_id": users[0], "k": 2}, **token)
+        erased = await send(app, "POST", "/v1/erase_user", {"user_id": users[0]}, **token)
+        again = await send(app, "POST", "/v1/erase_user", {"user_id": users[0]}, **token)
+        await other.writer.follow()
+        return erased.json(), again.json()
+
+    assert asyncio.run(ask()) == (
+        {"events": 1, "impressions": 5},
+        {"events": 0, "impressions": 0},
+    )
+    for server in (app, other):
+        assert server.answers.histories.last(users[0]) is None
+        assert server.answers.histories.last(users[1])["item_id"] == item
+        assert len(server.answers.histories) == 1
+    assert set(read_impressions(tmp_path / "shown")["user_id"].to_pylist()) == {users[1]}
+    files = [*(tmp_path / "shown").iterdir(), tmp_path / "events"]
+    assert all(users[0].encode() not in path.read_bytes() for path in files)
 
 
 def test_the_folder_has_a_bounded_size_and_the_newest_rows(tmp_path, monkeypatch):

@@ -583,6 +583,11 @@ class Answers:
             )
         return stored
 
+    def keep_users(self, users: Collection[str]) -> None:
+        """Forgets what was sent of all users but some."""
+        self.histories.keep(users)
+        self.cache.clear()
+
     def info(self) -> types.Info:
         """Returns what is served."""
         retriever = self.retriever

@@ -30,6 +30,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from twotower.core.ids import read_id
 from twotower.serving import openapi, types
 from twotower.serving.access import Access, Right
 from twotower.serving.aliases import Aliases
@@ -508,6 +509,8 @@ class App(Service):
             versions.main.hook.report = self.metrics.count_rerank_failure
         aside = member.folder if member is not None else None
         self.writer = Writer(versions, events, self.limits.writes, aside)
+        if impressions is not None:
+            self.writer.on_erasure = impressions.flush
         self.admin = Admin(versions, self.writer, bundles=bundles, follow=follow)
         self._differences: list[str] = []
         # Dates of the versions that metrics tell of.
@@ -801,6 +804,18 @@ class App(Service):
                 answer=types.Accepted,
                 changes=True,
             ),
+            Endpoint(
+                self,
+                "erase_user",
+                "POST /v1/erase_user",
+                "Deletes what was sent of a user, and what the user was shown, for good.",
+                self._erase_user,
+                right=Right.CHANGE,
+                request=types.EraseUser,
+                answer=types.Erased,
+                needs_token=True,
+                changes=True,
+            ),
         ]
 
     def _make_administration(self) -> list[Endpoint]:
@@ -984,6 +999,16 @@ class App(Service):
         shared = sum(item.item_id in ids for item in others)
         longest = max(len(ids), len(others), 1)
         self.metrics.count_shadow(shadow.version, shared / longest)
+
+    async def _erase_user(self, request: types.EraseUser, item_id: str) -> types.Erased:
+        del item_id
+        user = read_id(request.user_id, self.answers.retriever.forms.user_id, "user_id")
+        events = await self.writer.erase(user)
+        rows = 0
+        # After the events: all processes have then written what they had shown.
+        if self.impressions is not None:
+            rows = await asyncio.to_thread(self.impressions.erase, user)
+        return types.Erased(events, rows)
 
     async def _add_events(self, request: types.Events, item_id: str) -> types.Accepted:
         del item_id

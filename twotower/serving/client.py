@@ -197,6 +197,7 @@ class Endpoints:
     )
     put_items = Endpoint("PUT /v1/items", types.PutItems, types.Changed)
     events = Endpoint("POST /v1/events", types.Events, types.Accepted)
+    erase_user = Endpoint("POST /v1/erase_user", types.EraseUser, types.Erased)
     info = Endpoint("GET /v1/info", types.Request, types.Info)
     versions = Endpoint("GET /v1/admin/versions", types.Request, version_types.VersionList)
     load = Endpoint("POST /v1/admin/load", version_types.LoadBundle, version_types.VersionList)

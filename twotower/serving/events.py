@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import collections
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,7 @@ class EventLog:
         """
         self.path = path
         self._last = 0
+        self._erasures = 0
         self._connection: sqlite3.Connection | None = None
         if path.exists():
             self._open()
@@ -119,6 +120,42 @@ class EventLog:
             raise self._explain(error) from error
         return events
 
+    def erase(self, user_id: str) -> int:
+        """Deletes the events of a user for good, and returns their number.
+
+        Raises:
+            ChangesError: The file is damaged, or another process holds it.
+            OSError: The disk refuses; nothing was deleted.
+        """
+        connection = self._open()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            deleted = connection.execute("DELETE FROM events WHERE user_id = ?", (user_id,))
+            # The number of erasures, by which processes that follow see that there was one: who it
+            # was stands nowhere any more.
+            (erasures,) = connection.execute("PRAGMA user_version").fetchone()
+            connection.execute(f"PRAGMA user_version={erasures + 1}")
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise self._explain(error) from error
+        return deleted.rowcount
+
+    def users_after_erasure(self) -> set[str] | None:
+        """Returns the users with events, if some were erased since the last call; None if not."""
+        if self._connection is None:
+            return None
+        try:
+            (erasures,) = self._connection.execute("PRAGMA user_version").fetchone()
+            if erasures == self._erasures:
+                return None
+            rows = self._connection.execute("SELECT DISTINCT user_id FROM events").fetchall()
+        except sqlite3.Error as error:
+            raise self._explain(error) from error
+        self._erasures = erasures
+        return {user_id for (user_id,) in rows}
+
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
@@ -135,8 +172,12 @@ class EventLog:
         try:
             connection.execute("PRAGMA journal_mode=DELETE")
             connection.execute("PRAGMA synchronous=EXTRA")
+            # What is deleted is overwritten: its bytes are those of a person.
+            connection.execute("PRAGMA secure_delete=ON")
             connection.execute("BEGIN IMMEDIATE")
             self._prepare(connection)
+            # Before anything is read: whoever is erased from now on is told of.
+            (self._erasures,) = connection.execute("PRAGMA user_version").fetchone()
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             connection.close()
@@ -219,6 +260,11 @@ class LiveHistories:
         while self._count > MAX_KEPT:
             _, dropped = self._by_user.popitem(last=False)
             self._count -= len(dropped)
+
+    def keep(self, users: Collection[str]) -> None:
+        """Forgets all users but some."""
+        for user in [user for user in self._by_user if user not in users]:
+            self._count -= len(self._by_user.pop(user))
 
     def of(self, user_id: str) -> list[dict[str, Any]]:
         """Returns the events of a user, the latest last."""

@@ -474,6 +474,28 @@ class Accepted(Struct):
     duplicates: int
 
 
+class EraseUser(Request):
+    """A user whose events are to be deleted.
+
+    Attributes:
+        user_id: Id of the user.
+    """
+
+    user_id: Id
+
+
+class Erased(Struct):
+    """What was deleted of a user for good.
+
+    Attributes:
+        events: Number of events.
+        impressions: Number of rows of what was shown.
+    """
+
+    events: int
+    impressions: int
+
+
 class Info(Struct):
     """What is served.
 

@@ -35,6 +35,7 @@ class Writer:
         waiting: Number of requests that wait for the disk.
         follows: Whether new versions of the bundles are taken up.
         tell: Function that tells other processes of a change, and returns when they have it.
+        on_erasure: Function that is called when a user was erased, by a thread.
     """
 
     def __init__(self, versions: Versions, log: EventLog, limit: int, aside: Path | None = None):
@@ -53,6 +54,7 @@ class Writer:
         self.waiting = 0
         self.follows = False
         self.tell: Callable[[], Awaitable[None]] = _tell_nobody
+        self.on_erasure: Callable[[], None] = _do_nothing
         self._versions = versions
         # Used by the thread alone; a version that is new there is new to the others after that.
         self._changing = list(versions)
@@ -111,9 +113,13 @@ class Writer:
         reader = EventLog(self._log.path)
         # Nearly all of them, while others are written.
         await loop.run_in_executor(None, lambda: answers.histories.add(reader.read_new()))
-        events = await loop.run_in_executor(self._thread, self._catch_up, answers, missed, reader)
+        events, users = await loop.run_in_executor(
+            self._thread, self._catch_up, answers, missed, reader
+        )
         # In one step with the above: what the thread writes next is told after this.
         answers.histories.add(events)
+        if users is not None:
+            answers.keep_users(users)
         self._versions.add(answers)
 
     async def add_events(self, events: Sequence[StoredEvent]) -> int:
@@ -132,6 +138,20 @@ class Writer:
                 self._task = asyncio.create_task(self._write_pending())
             return await future
 
+    async def erase(self, user_id: str) -> int:
+        """Deletes the events of a user, and returns their number when all processes forgot them.
+
+        Raises:
+            RequestError: Too many wait already.
+            OSError: The disk refuses.
+        """
+        with self.queued():
+            loop = asyncio.get_running_loop()
+            count = await loop.run_in_executor(self._thread, self._log.erase, user_id)
+            await self.follow()
+            await self.tell()
+            return count
+
     async def detach(self, answers: Answers) -> None:
         """Keeps the changes of a version that was replaced apart from its bundle."""
         loop = asyncio.get_running_loop()
@@ -145,8 +165,13 @@ class Writer:
     async def follow(self) -> None:
         """Makes what other processes have changed and sent."""
         loop = asyncio.get_running_loop()
-        events = await loop.run_in_executor(self._thread, self._follow)
+        events, users = await loop.run_in_executor(self._thread, self._follow)
         self._add_to_histories(events)
+        if users is None:
+            return
+        for answers in self._versions:
+            answers.keep_users(users)
+        await loop.run_in_executor(None, self.on_erasure)
 
     async def close(self) -> None:
         """Waits for what was accepted, and closes the file of events."""
@@ -227,22 +252,25 @@ class Writer:
 
     def _catch_up(
         self, answers: Answers, missed: list[Change], reader: EventLog
-    ) -> list[StoredEvent]:
-        """Makes what was changed while a version was loaded, and returns the latest events."""
+    ) -> tuple[list[StoredEvent], set[str] | None]:
+        """Makes what was changed while a version was loaded, and returns what `_follow` does."""
         for change in missed:
             self._change_also(answers, change, Changed(answers.version, 0, 0))
         self._changing.append(answers)
         events = reader.read_new()
+        users = reader.users_after_erasure()
         reader.close()
-        return events
+        return events, users
 
     def _forget(self, kept: Sequence[Answers]) -> None:
         self._changing = list(kept)
 
-    def _follow(self) -> list[StoredEvent]:
+    def _follow(self) -> tuple[list[StoredEvent], set[str] | None]:
+        """Returns the latest events, and the users with events where some were erased."""
         for answers in self._changing:
             answers.retriever.follow()
-        return self._log.read_new()
+        events = self._log.read_new()
+        return events, self._log.users_after_erasure()
 
     def _write(
         self, batches: Sequence[Sequence[StoredEvent]]
@@ -269,6 +297,10 @@ class Writer:
             yield
         finally:
             self.waiting -= 1
+
+
+def _do_nothing() -> None:
+    """A server without a log of impressions has nothing to write."""
 
 
 async def _tell_nobody() -> None:

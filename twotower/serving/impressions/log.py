@@ -8,6 +8,7 @@ for which the oldest files make room. Several processes may share it.
 from __future__ import annotations
 
 import collections
+import contextlib
 import datetime
 import os
 import secrets
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
+from twotower.core.arrow import pc
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic
 
@@ -84,6 +86,8 @@ class ImpressionLog:
         self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._since = time.monotonic()
         self._is_closed = threading.Event()
+        # Of the rows, which the thread makes and an erasure looks through.
+        self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Found at the start: the thread that writes could only count what is lost.
@@ -116,6 +120,26 @@ class ImpressionLog:
         # Without a lock: appending and taking are single steps of CPython, each at one end.
         self._shown.append(_Shown(time.time(), user, read_user, offset, answer))
 
+    def flush(self) -> None:
+        """Writes what is there."""
+        with self._lock:
+            self._take()
+            self._write()
+
+    def erase(self, user_id: str) -> int:
+        """Deletes the rows of a user from all files of the folder, and returns their number.
+
+        Args:
+            user_id: Id of the user, in the form of the log.
+        """
+        self.flush()
+        count = 0
+        for path in sorted(self.folder.glob(PATTERN)):
+            # Another process may make room meanwhile.
+            with contextlib.suppress(FileNotFoundError):
+                count += _erase(path, user_id)
+        return count
+
     def close(self) -> None:
         """Writes what is there, and ends."""
         self._is_closed.set()
@@ -125,13 +149,14 @@ class ImpressionLog:
         is_closed = False
         while not is_closed:
             is_closed = self._is_closed.wait(LOOK_SECONDS)
-            try:
-                self._take()
-            except Exception:
-                logging.exception("An answer could not be written as impressions.")
-                self.lost += 1
-            if is_closed or time.monotonic() - self._since >= self._seconds:
-                self._write()
+            with self._lock:
+                try:
+                    self._take()
+                except Exception:
+                    logging.exception("An answer could not be written as impressions.")
+                    self.lost += 1
+                if is_closed or time.monotonic() - self._since >= self._seconds:
+                    self._write()
 
     def _take(self) -> None:
         """Makes rows of the answers that wait."""
@@ -188,6 +213,20 @@ class ImpressionLog:
             # Another process may be doing the same.
             path.unlink(missing_ok=True)
             total -= size
+
+
+def _erase(path: Path, user_id: str) -> int:
+    """Writes a file anew without the rows of a user, and returns their number."""
+    file = pq.ParquetFile(path)
+    # One column first: most files hold nothing of a user.
+    users = file.read(columns=["user_id"])["user_id"]
+    is_other = pc.fill_null(pc.not_equal(users, user_id), True)
+    count = len(users) - int(pc.sum(is_other).as_py() or 0)
+    if count:
+        kept = file.read().filter(is_other)
+        with atomic(path) as new:
+            pq.write_table(kept, new, compression="zstd")
+    return count
 
 
 def _size(path: Path) -> int:

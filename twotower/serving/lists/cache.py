@@ -27,6 +27,10 @@ class VectorCache:
             collections.OrderedDict()
         )
 
+    def clear(self) -> None:
+        """Forgets everybody."""
+        self._users.clear()
+
     def find(self, user: str, last: Any, encode: Callable[[], EncodedUser]) -> EncodedUser:
         """Returns an encoded user, and encodes them where they have done something since.
 
