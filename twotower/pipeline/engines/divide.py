@@ -74,6 +74,7 @@ def split_log(database: Database, log: Log, config: SplitConfig) -> Log:
         )
     sizes = part_sizes(database)
     total = sum(sizes)
+    # Before parts without rows are told: rows of one second are the cause of both.
     if config.kind == "time" and not is_enough(sizes[TRAIN] / total, config):
         column = log.columns["timestamp"]
         (times, counts) = database.columns(
@@ -107,6 +108,7 @@ def _last_rows(database: Database, log: Log, config: SplitConfig) -> tuple[np.nd
     sql = f"SELECT u, position FROM log ORDER BY u, {log.columns['timestamp']}, position"
     for block in database.blocks(sql, int(ends[-1]), "last rows of users"):
         user, position = (column.to_numpy() for column in block.columns)
+        # By user and time, the number of a row says how many the user has after it.
         later = ends[user] - 1 - (first + np.arange(len(user)))
         part = parts_by_later_rows(later, rows_of_user[user], config)
         positions.append(position[part != TRAIN])
@@ -139,6 +141,7 @@ def _audited(database: Database, log: Log, config: SplitConfig) -> Log:
     held_out = _rows(database, log, f"part > {TRAIN}")
     parts = held_out.column("part").to_numpy()
     position = held_out.column("position").to_numpy()
+    # Validation and then test, as the findings number held-out rows.
     order = np.argsort(parts, kind="stable")
     tables = [held_out.filter(pa.array(parts == part)) for part in (VALIDATION, TEST)]
     # Training rows that repeat none of them are no finding.
@@ -161,6 +164,7 @@ def _audited(database: Database, log: Log, config: SplitConfig) -> Log:
         if finding.repeated is not None and finding.name not in config.accept_leakage:
             is_dropped |= finding.repeated
     database.create("gone", pa.table({"position": position[order[is_dropped]]}))
+    # Not deleted: positions in the file count all rows, as in memory.
     database.run(f"UPDATE log SET part = {_NO_PART} WHERE position IN (FROM gone); DROP TABLE gone")
     dataset = log.dataset
     dataset = dataclasses.replace(dataset, dropped=(*dataset.dropped, *dropped))
@@ -213,6 +217,7 @@ def _has_order(database: Database, log: Log, config: SplitConfig) -> bool:
     if config.validation + config.test >= 1:
         return True
     part = _part_by_time(database, log.columns["timestamp"], config)
+    # Not a whole number: DuckDB divides those as floats.
     share = database.value(f"SELECT count(*) FILTER ({part} = {TRAIN}) / count(*) FROM log")
     return is_enough(share, config)
 
