@@ -162,6 +162,21 @@ def test_flags_that_name_no_steps_and_no_kind_are_refused():
         find_kind("cpu", "h20")
 
 
+def test_the_time_of_a_step_leaves_out_the_first_ones_which_compile(tmp_path):
+    clock = Clock()
+    phases = Phases(clock)
+    heartbeat = Heartbeat(tmp_path, phases, start=0, steps=100)
+    for step, wait in ((1, 60.0), (11, 5.0)):
+        with phases.during("input"):
+            clock.now += 1.0
+        clock.now += wait
+        phases.switch("compute")
+        heartbeat.note(step)
+        content = heartbeat._content()
+        assert content["step_seconds"] == ({} if step == 1 else {"input": 0.1, "compute": 0.5})
+    assert content["seconds"]["start"] == 60.0
+
+
 @pytest.mark.slow
 def test_a_training_keeps_its_goodput_over_restarts_and_a_profile_changes_no_bit(
     prepared, tmp_path

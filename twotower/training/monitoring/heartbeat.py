@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -92,7 +93,12 @@ class Heartbeat:
         self._thread.start()
         return self
 
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if isinstance(error, Exception) and is_lost_process(error):
             self._name_lost()
         self._state = "ended" if error is None else "stopped"
@@ -148,9 +154,11 @@ class Heartbeat:
         step, seconds = self._now
         before, spent = self._written
         if step > before:
-            for name in PRODUCTIVE:
-                self._step_seconds[name] = (seconds[name] - spent[name]) / (step - before)
-            self._written = self._now
+            # Steps that were compiled since the last beat are no measure of others.
+            if seconds["start"] == spent["start"]:
+                for name in PRODUCTIVE:
+                    self._step_seconds[name] = (seconds[name] - spent[name]) / (step - before)
+            self._written = (step, seconds)
         content: dict[str, Any] = {
             "state": self._state,
             "time": time.time(),

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
 
 from absl import logging
 
@@ -65,10 +66,14 @@ class Monitor:
         self._open.enter_context(self.profiler)
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        # The last one to be entered is the first to see the error.
-        self._open.__exit__(*exception)  # type: ignore[arg-type]
-        if exception[0] is None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._open.__exit__(kind, error, trace)
+        if error is None:
             logging.info("%s", format_ledger(self.heartbeat.ledger))
 
     def note(self, step: int, metrics: StepMetrics) -> None:
