@@ -44,6 +44,12 @@ def test_vectors_of_all_users_and_items(run, retriever, tmp_path, devices):
         np.testing.assert_allclose(found, vectors, atol=1e-6)
         assert table.schema.field("vector").type == pa.list_(pa.float32(), 16)
         assert len(parts(tmp_path / f"{side}s")) == -(-len(ids) // 50)
+    # As one process writes it, byte for byte.
+    if devices == 1:
+        embed_all(run, tmp_path / "one", devices=1, part=50)
+        for path in sorted((tmp_path / "one").rglob("*.*")):
+            shared = tmp_path / path.relative_to(tmp_path / "one")
+            assert path.read_bytes() == shared.read_bytes(), path
 
 
 @pytest.mark.parametrize(
@@ -87,6 +93,26 @@ def test_parts_that_are_there_are_not_made_again(tmp_path):
     assert [rows.start for rows in asked] == [16] and read(tmp_path / "out")[
         "n"
     ].to_pylist() == list(range(31))
+
+
+def test_the_manifest_comes_last_and_stays_as_long_as_all_parts_are_there(tmp_path):
+    manifest = tmp_path / "out_manifest.json"
+
+    def work(task):
+        write_parts(tmp_path / "out", {"job": "n"}, 31, numbers, tasks=Tasks(task, 2), part=8)
+
+    work(1)
+    assert not manifest.exists() and len(parts(tmp_path / "out")) == 2
+    work(0)
+    content = json.loads(manifest.read_text())
+    assert content["rows"] == 31 and content["job"] == {"job": "n"}
+    assert list(content["parts"].values()) == [8, 8, 8, 7]
+    whole = manifest.read_bytes()
+    (tmp_path / "out" / "part-000001.parquet").unlink()
+    work(0)
+    assert not manifest.exists()
+    work(1)
+    assert manifest.read_bytes() == whole
 
 
 def test_another_job_does_not_go_on_in_the_same_folder(tmp_path):

@@ -4,7 +4,9 @@ A job that was killed goes on where it was. A part is a file that is whole or do
 model, the number of rows and the options stand beside the folder, in NAME_job.json, and another job
 does not go on in the same folder. The folder holds parts alone, so that any reader of Parquet takes
 it. Several processes share a job: task t of n makes the parts t, t + n,
-t + 2 n, ... and needs nothing from the others but the folder.
+t + 2 n, ... and needs nothing from the others but the folder. A part has the same bytes whichever
+process makes it. NAME_manifest.json stands beside the folder when all parts are there, and only
+then: the process that ends last writes it.
 """
 
 from __future__ import annotations
@@ -188,6 +190,10 @@ def write_parts(
     # The number of tasks is no part of the job: it may differ when the job goes on.
     _claim(out, {**job, "rows": rows, "part": part})
     num_parts = -(-rows // part)
+    manifest = out.with_name(f"{out.name}_manifest.json")
+    # Somebody may have deleted parts: before they are there again the folder is not whole.
+    if _count_parts(out, num_parts) < num_parts:
+        manifest.unlink(missing_ok=True)
     own = range(tasks.task, num_parts, tasks.tasks)
     missing = [number for number in own if not _path(out, number).exists()]
     for number in progress(missing, total=len(missing), what=f"Writing {out.name}"):
@@ -197,7 +203,25 @@ def write_parts(
         options: dict[str, Any] = {"compression": "zstd", "use_dictionary": repeated}
         with atomic(_path(out, number)) as temporary:
             pq.write_table(table, temporary, **options)
-    logging.info("%s: %d parts of %d rows.", out, num_parts, part)
+    count = _count_parts(out, num_parts)
+    if count == num_parts:
+        # Two that end together write the same.
+        _write_manifest(manifest, out, num_parts, job)
+    rest = "" if count == num_parts else "; other tasks make the rest"
+    logging.info("%s: %d of %d parts of %d rows%s.", out, count, num_parts, part, rest)
+
+
+def _count_parts(out: Path, num_parts: int) -> int:
+    return sum(_path(out, number).exists() for number in range(num_parts))
+
+
+def _write_manifest(path: Path, out: Path, num_parts: int, job: Mapping[str, Any]) -> None:
+    """Writes what a job is and the rows of each of its parts, all of which are there."""
+    names = [_path(out, number) for number in range(num_parts)]
+    parts = {name.name: pq.read_metadata(name).num_rows for name in names}
+    content = {"job": dict(job), "rows": sum(parts.values()), "parts": parts}
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _embed_part(
@@ -233,7 +257,12 @@ def _claim(out: Path, job: Mapping[str, Any]) -> None:
             )
         return
     # Files whose names begin with a dot are those of atomic writes by other tasks.
-    if out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir()):
+    has_files = out.exists() and any(not entry.name.startswith(".") for entry in out.iterdir())
+    # Looked for once more: another task may have begun the job meanwhile, and made a part.
+    if has_files and path.exists():
+        _claim(out, job)
+        return
+    if has_files:
         raise ConfigError(f"{out} holds files, and there is no {path}. Name a new folder.")
     out.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
