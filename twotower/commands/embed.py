@@ -4,7 +4,8 @@ r"""Writes the vectors of all users and items of a run as Parquet: an id and a v
         [--devices=N] [--task=T --tasks=N]
 
 The files lie in WORKDIR/embeddings/users and /items. Killed at any moment, the same command goes
-on. Several processes, on one machine or many, share the work: give each its --task.
+on. Several processes, on one machine or many, share the work: give each its --task. The last one
+writes users_manifest.json and items_manifest.json beside them.
 """
 
 from __future__ import annotations

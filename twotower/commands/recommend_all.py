@@ -6,7 +6,7 @@ r"""Writes the best K items of every known user as Parquet: user_id, rank, item_
 The files lie in parts under WORKDIR/recommendations. The search is exact, over the items divided
 over the devices, unless --approximate takes the bundle's index, or, on TPUs, a share of the best
 items is enough: --recall_target=.95. Killed at any moment, the same command goes on. Several
-processes share the work: give each its --task.
+processes share the work: give each its --task, and the last one writes NAME_manifest.json beside.
 """
 
 from __future__ import annotations
