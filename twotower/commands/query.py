@@ -136,6 +136,8 @@ def answer(retriever: Retriever, options: ListOptions, workdir: Path | None) -> 
     """
     from twotower.retrieval.batch import listing
 
+    # By None and not by emptiness: an empty id is told as one, and not taken for a flag that was
+    # left out.
     if _USER.value is not None:
         print(listing.format_user(retriever, _USER.value, options))
     elif _ITEM.value is not None:

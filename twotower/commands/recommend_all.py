@@ -33,6 +33,7 @@ _APPROXIMATE = flags.DEFINE_bool(
     "Search the bundle's index instead of comparing all items.",
     flag_values=FLAGS,
 )
+# Other devices select exactly all the same; see `ExactIndex`.
 _RECALL_TARGET = flags.DEFINE_float(
     "recall_target",
     1.0,
@@ -54,6 +55,7 @@ _TASKS = flags.DEFINE_integer(
 
 
 def main() -> None:
+    # The plugins of a run alone: neither training nor a checkpoint is needed for lists.
     from twotower.plugins import load_config
     from twotower.retrieval.batch.jobs import Tasks, recommend_all
 

@@ -220,10 +220,10 @@ def main() -> None:
         folders = {folder.name: folder}
     else:
         folders = read_bundles(_BUNDLE.value or [])
-    # Plain values, which are sent to the child processes: each makes its own server of them.
     if _SHARD.value is not None:
         serve_shard(next(iter(folders.values())), _SHARD.value, bound)
         return
+    # Plain values, which are sent to the child processes: each makes its own server of them.
     options: dict[str, Any] = {
         "folders": folders,
         "events": _EVENTS.value,
@@ -283,6 +283,8 @@ def _check_shard_flags() -> None:
         role = "--shard"
         apart.append(("--processes", _PROCESSES.value > 1))
     for flag, is_set in apart:
+        # Each of them would be read past: a shard answers routers alone, and a router has the
+        # shards of one bundle.
         if role and is_set:
             raise ConfigError(f"{role} does not go with {flag}. Leave one of them out.")
 
@@ -334,6 +336,7 @@ def bundle_of(workdir: Path) -> Path:
         from twotower import api
 
         print(f"{folder} is not there yet: exporting it.", flush=True)
+        # By the options of the run: whoever wants others exports it first.
         api.export(api.load_run(workdir))
     return folder
 
@@ -354,10 +357,12 @@ def make_app(
     find = None
     url, name = redis
     if url:
+        # Only with the flag: the extra redis need not be installed.
         from twotower.integrations.redis_store import RedisStore
 
         # Made in each process: a connection must not be shared between them.
         find = RedisStore(url, name=name).user_vector
+    # Those of a router become one object, with connections that no other process may share.
     rest = dict(options)
     urls = rest.pop("shard_urls", ())
     seconds = rest.pop("shard_seconds", 0.0)

@@ -146,6 +146,7 @@ def main() -> None:
     find_kind("", _KIND.value)
     monitoring = Monitoring(kind=_KIND.value, profile_steps=parse_steps(_PROFILE_STEPS.value))
     workdir = find_workdir()
+    # A run has its configuration: the command that began it, or a shorter one, takes it on.
     if _CONFIG.value is None:
         config = load_config(workdir)
     else:
@@ -173,5 +174,6 @@ def main() -> None:
         tracking=_TRACKING.destination(),
         monitoring=monitoring,
     )
+    # In the same processes: they know each other already, and the devices are theirs.
     if _REFIT.value:
         api.refit_in_folder(workdir, on_top=_ON_TOP.value, devices=_DEVICES.value)

@@ -200,6 +200,7 @@ def main() -> None:
     # Before the vectors are made: a width that was not trained is refused at once.
     if _DIM.value:
         run = api.with_index_options(run, dim=_DIM.value)
+    # Before the measuring, which takes minutes: rows that cannot be read are refused at once.
     if _TEST.value:
         run = api.with_test_set(run, _TEST.value, name=_TEST_NAME.value)
     ks = ks or run.config.evaluation.ks
@@ -246,6 +247,7 @@ def append(history: str, run: Run, measured: Measured) -> str:
     table = _RESULTS_TABLE.value
     path, is_new = append_results(history, run, measured, today, table=table)
     line = f"Results: {path}"
+    # The same command given again adds nothing: a table of results has each evaluation once.
     if not is_new:
         line += " has this evaluation already."
     dataset = _BIGQUERY.value

@@ -34,6 +34,7 @@ _SPACE = flags.DEFINE_string(
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the sweep.", required=True, flag_values=FLAGS
 )
+# With those of the folder, so that the command that was stopped is given again as it was.
 _TRIALS = flags.DEFINE_integer(
     "trials",
     20,

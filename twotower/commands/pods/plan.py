@@ -67,6 +67,7 @@ def main() -> None:
         if _CONFIG.value is None:
             raise ConfigError("--config=... is required, or --workdir=... of a run.")
         for name, size in sizes.items():
+            # Each is needed: a table of no rows would be planned for without a word.
             if size < 1:
                 raise ConfigError(
                     f"--{name}={size:g} must be at least 1: how many {name} the log has."

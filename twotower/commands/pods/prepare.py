@@ -58,5 +58,6 @@ def main() -> None:
     if report is not None:
         print_report(report)
     path = local_folder(_DATA.value, "--data")
+    # The hash, by which two machines know that they hold the same data.
     print(f"{path} holds the prepared data; content {folder.content_of(path)[:16]}.")
     print(f"Train on it: {command('train', '--config=...', f'--data={path}', '--workdir=...')}")
