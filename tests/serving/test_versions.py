@@ -201,6 +201,33 @@ def test_a_new_export_is_taken_up_and_the_one_before_gone_back_to(copied, tmp_pa
     assert app.answers is old
 
 
+@pytest.mark.slow
+def test_a_change_does_not_wait_for_a_new_version_that_cannot_be_used(
+    copied, tmp_path, monkeypatch
+):
+    app = make_app(Retriever.load(copied), tmp_path, tokens=TOKENS, follow=True)
+    thin(copied)
+    monkeypatch.setattr(Answers, "warm", lambda self: ["user '1': item 'a' is missing"])
+
+    async def change():
+        put = send(app, "PUT", "/v1/items/i-new", {"columns": {}}, headers=HEADERS)
+        waiting = asyncio.create_task(put)
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        await app.admin.follow()
+        # A minute is what one that is being loaded has.
+        return await asyncio.wait_for(waiting, 20)
+
+    refusal = asyncio.run(change())
+    assert refusal.status_code == 503 and "Export it again" in refusal.json()["cure"]
+    assert refusal.headers["retry-after"] == "5"
+    # The next export is waited for again.
+    monkeypatch.undo()
+    thin(copied)
+    asyncio.run(app.admin.follow())
+    assert ask(app, "PUT", "/v1/items/i-new", {"columns": {}}, headers=HEADERS).status_code == 200
+
+
 def test_a_version_that_was_added_is_told_of_when_a_state_has_it(retriever, thinned):
     versions = Versions(Answers(retriever))
     other = Answers(Retriever.load(thinned))

@@ -35,6 +35,7 @@ class Writer:
         waiting: Number of requests that wait for the disk.
         follows: Whether new versions of the bundles are taken up.
         tell: Function that tells other processes of a change, and returns when they have it.
+        stuck: Versions that were replaced in their folders by others that cannot be used.
         on_erasure: Function that is called when a user was erased, by a thread.
     """
 
@@ -54,6 +55,7 @@ class Writer:
         self.waiting = 0
         self.follows = False
         self.tell: Callable[[], Awaitable[None]] = _tell_nobody
+        self.stuck: set[str] = set()
         self.on_erasure: Callable[[], None] = _do_nothing
         self._versions = versions
         # Used by the thread alone; a version that is new there is new to the others after that.
@@ -73,7 +75,7 @@ class Writer:
         A change to a bundle that was just replaced waits for the new version to be loaded.
 
         Raises:
-            RequestError: Too many wait already.
+            RequestError: Too many wait already, or the new version of the bundle cannot be used.
             ChangesError: The bundle was replaced, and nobody takes up the new version.
         """
         with self.queued():
@@ -86,10 +88,14 @@ class Writer:
                     await self.tell()
                     return changed
                 except SupersededError:
+                    if main.version in self.stuck:
+                        raise _stuck() from None
                     if loop.time() > last:
                         raise
                 # Until the new version is the main one, in which the change is tried again.
                 while self._versions.main is main and loop.time() <= last:
+                    if main.version in self.stuck:
+                        break
                     await asyncio.sleep(0.05)
 
     @contextlib.contextmanager
@@ -297,6 +303,16 @@ class Writer:
             yield
         finally:
             self.waiting -= 1
+
+
+def _stuck() -> RequestError:
+    """Returns the refusal of a change that no version can keep."""
+    return RequestError(
+        503,
+        "The bundle was exported anew, and its new version cannot be used: items do not change.",
+        cure="Export it again; the server's log says what is wrong with it.",
+        retry_after=5,
+    )
 
 
 def _do_nothing() -> None:

@@ -154,12 +154,15 @@ class Admin:
         newer = Place(place.name, folder, files)
         # Before the attempt: one that fails would be loaded again four times a second.
         self._tried.add(files)
+        # Changes wait for it.
+        self._writer.stuck.discard(version)
         try:
             found = _version_at(newer)
             if found not in self.versions:
                 await self._load(newer)
             await self._publish(routing.supersede(self.versions.state, version, found, newer))
         except RequestError as error:
+            self._writer.stuck.add(version)
             logging.error("The new version of %s is not used: %s", place.name, error)
 
     def _places(self) -> dict[str, Place]:
