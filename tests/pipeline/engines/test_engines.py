@@ -113,7 +113,7 @@ def place(tmp_path_factory):
 @pytest.fixture
 def in_pieces(monkeypatch):
     """Pieces so small that a log of a few hundred rows has many."""
-    monkeypatch.setattr(delimited, "_PIECE", 4000)
+    monkeypatch.setattr(delimited, "PIECE", 4000)
     monkeypatch.setattr(database, "BLOCK", 64)
     monkeypatch.setattr(on_disk, "BLOCK", 64)
     monkeypatch.setattr(arrays, "_BUCKET", 100)

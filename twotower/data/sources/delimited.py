@@ -32,7 +32,7 @@ _DELIMITERS = {r"\t": "\t", "tab": "\t", "space": " ", "whitespace": WHITESPACE}
 # Arrow knows delimiters of one character; ASCII's own field separator stands in for longer ones.
 _FIELD_SEPARATOR = "\x1f"
 _BOM = "\ufeff"
-_PIECE = 1 << 24  # bytes that are read at once, where a file is read in pieces
+PIECE = 1 << 24  # bytes that are read at once, where a file is read in pieces
 _LONGEST_BLOCK = 1 << 30  # bytes; Arrow's blocks are below 2 GB
 _FEW_WIDTHS = 3  # numbers of fields that the bad rows of a table have
 _SHOWN = 80  # characters of a row that a message shows
@@ -329,7 +329,7 @@ class _Reading:
         if self._form.names:
             names = _arrow_names(header)
         options = self._options(use_threads=False, names=names)
-        options["read_options"].block_size = _PIECE
+        options["read_options"].block_size = PIECE
         options["parse_options"].invalid_row_handler = keep
         text = self._as_text(header)
         named = [column.strip() for column in header if column.strip()]

@@ -431,6 +431,16 @@ def read_pieces(path: Path, config: TableConfig, name: str, kind: Kind) -> Itera
                 first += len(table)
 
 
+def estimate_pieces(path: Path) -> int:
+    """Returns the number of pieces that a file is read in, 1 where that is not known before."""
+    if content.kind_of_name(path.name) == "parquet":
+        return -(-parquet.read_metadata(path).num_rows // _PIECE)
+    # Of what is compressed the length is not known.
+    if path.name.lower().endswith(content.COMPRESSED):
+        return 1
+    return -(-path.stat().st_size // delimited.PIECE)
+
+
 def _text_part(path: Path, rows: delimited.Rows) -> Part:
     return Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}", rows)
 

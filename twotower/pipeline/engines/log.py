@@ -14,6 +14,7 @@ from twotower.core.arrow import BadValue, join_chunks, plain_text
 from twotower.core.codes import codes_and_values, encode
 from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm, written_forms
+from twotower.core.progress import progress
 from twotower.data.contract import KEYS, Contract, Uses
 from twotower.data.dataset import Dataset, Dropped, collect_entities
 from twotower.data.filters import with_separator
@@ -190,7 +191,9 @@ class _Reader:
         places: list[str] = []
         for path, event in files.find_event_files(self._config, "interactions", self.kind):
             self._files.append((self._rows, str(path)))
-            for part in files.read_pieces(path, self._config, "interactions", self.kind):
+            pieces = files.read_pieces(path, self._config, "interactions", self.kind)
+            total = files.estimate_pieces(path)
+            for part in progress(pieces, total=total, what=f"reading {path.name}", seconds=10.0):
                 if part.rows is not None and len(part.rows.skipped):
                     skipped += len(part.rows.skipped)
                     lines = part.rows.skipped_lines(_SHOWN - len(places))
