@@ -217,7 +217,8 @@ def measure_child(work: str, rows: int, folder: Path) -> None:
     columns = {name: np.asarray(np.load(path, mmap_mode="r")) for name, path in paths.items()}
     ids = {"user": USERS, "item": ITEMS}
     features = {side: {"id": np.arange(count, dtype=np.int32)} for side, count in ids.items()}
-    records = RowRecords(Rows(**columns, timestamp=None, context={}), features)
+    rows_of_log = Rows(columns["user"], columns["item"], columns["weight"], None, {})
+    records = RowRecords(rows_of_log, features)
     before = resident("VmRSS")
     start = time.perf_counter()
     processor = time.process_time()

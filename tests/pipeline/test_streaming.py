@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 
 from tests.extras import extra
-from tests.pipeline.history_log import prepare_log, write_log
+from tests.pipeline.history_log import LEAKS, prepare_log, write_log
+from twotower.config import from_dict
 from twotower.core.errors import ConfigError, FolderError
+from twotower.pipeline import folder as data_folder
 from twotower.pipeline.batches import InteractionExamples, Rows
+from twotower.pipeline.engines.engine import prepare_folder
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 from twotower.pipeline.streaming import shards
 from twotower.pipeline.streaming.order import shuffled
+from twotower.pipeline.streaming.prepared import write_shards
 from twotower.pipeline.streaming.records import RowRecords, SequenceRecords
 from twotower.pipeline.streaming.shards import Shards
 from twotower.pipeline.streaming.stream import Stream
@@ -162,3 +166,26 @@ def test_files_that_are_missing_cut_or_damaged_are_named(tmp_path):
         Shards(tmp_path, records)
     with pytest.raises(FolderError, match="holds other records than this run reads"):
         Shards(tmp_path, RowRecords(drawn_rows().take(np.arange(9)), FEATURES))
+
+
+def test_prepared_data_of_a_stream_has_its_shards_whichever_training_made_them(tmp_path):
+    path = write_log(tmp_path / "log.csv")
+    feature = {"type": "string", "embedding_size": 4}
+    values = {
+        "data": {"source": "csv", "path": str(path)},
+        "split": {"kind": "random", "accept_leakage": LEAKS},
+        "features": {"user": {"user_id": feature}, "item": {"item_id": feature}},
+        "training": {"input": "stream", "batch_size": 8},
+    }
+    folder = tmp_path / "data"
+    for seed in (0, 1):
+        values["training"]["seed"] = seed
+        prepare_folder(from_dict(values), folder)
+        # The order of the stream is no part of its records.
+        (written,) = (folder / "shards").iterdir()
+    config = from_dict(values)
+    prepared = data_folder.load(folder, config, data_folder.load_encoder(folder))
+    assert write_shards(prepared, folder) == written
+    stream = Stream.open(prepared.training_records(), written, config.training)
+    batch = stream.load(np.arange(len(prepared.train)))
+    np.testing.assert_array_equal(np.sort(batch["item"]), np.sort(prepared.train.item))

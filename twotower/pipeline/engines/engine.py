@@ -18,6 +18,7 @@ from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
 from twotower.pipeline.engines.on_disk import prepare_on_disk
 from twotower.pipeline.prepare import prepare
+from twotower.pipeline.streaming.prepared import write_shards
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -30,7 +31,8 @@ def prepare_folder(
     memory: str = "4GB",
     max_bad_rows: int | None = None,
 ) -> DataReport | None:
-    """Prepares the log that a configuration names into a folder, with its encoder.
+    """Prepares the log that a configuration names into a folder, with its encoder, and with the
+    shards of a training that streams.
 
     A folder that is whole already is left as it is. One that was left half-way, by a kill or a full
     disk, counts as empty.
@@ -60,8 +62,11 @@ def prepare_folder(
         # Looked at under the lock: another process may have finished it meanwhile.
         if data_folder.is_whole(folder):
             data_folder.check_fits(folder, config)
-            return DataReport.load(folder)
-        run(config, folder, size, max_bad_rows)
+        else:
+            run(config, folder, size, max_bad_rows)
+        if config.training.input == "stream":
+            encoder = data_folder.load_encoder(folder)
+            write_shards(data_folder.load(folder, config, encoder), folder)
     return DataReport.load(folder)
 
 
