@@ -1142,7 +1142,24 @@ def sweep(
         prune=prune,
         seed=seed,
     )
-    if config.split.test:
+    found, files = _conclude(found, report=report)
+    facts = {"space": describe_space(values), "seeds": seeds, "prune": prune, "seed": seed}
+    figures = {"best": {metric: found.best.value}, "tried": len(found.trials)}
+    log.finish(facts | {"metric": metric}, figures, files, found.runs)
+    return found
+
+
+def _conclude(found: Sweep, *, report: bool) -> tuple[Sweep, list[Path]]:
+    """Measures the best trial on the test rows, tells and writes what was found.
+
+    Args:
+        found: Trials of a sweep.
+        report: Whether a page to look at is written too.
+
+    Returns:
+        The sweep with its figures on test rows, and the files that were written.
+    """
+    if found.config.split.test:
         # The runs of the best trial alone: a figure of the test rows for each trial would be chosen
         # by, sooner or later.
         tests = [_measure_on_test(folder, found) for folder in found.runs]
@@ -1153,10 +1170,7 @@ def sweep(
     if report:
         files.append(write_sweep_page(found))
         print(f"Report: {files[-1]}")
-    facts = {"space": describe_space(values), "seeds": seeds, "prune": prune, "seed": seed}
-    figures = {"best": {metric: found.best.value}, "tried": len(found.trials)}
-    log.finish(facts | {"metric": metric}, figures, files, found.runs)
-    return found
+    return found, files
 
 
 def _tell_once() -> Callable[[DataReport], None]:
