@@ -2,6 +2,7 @@
 begin from zero, and each must end in the bits of a run that nobody disturbed.
 
     python -m experiments.benchmarks.soak [--quick] [--faults=30] [--seed=0] [--json=FILE]
+    python -m experiments.benchmarks.soak --regroup
 
 Each run has ten faults, each at a random step, and after each both processes are started again by
 the same command: on Kubernetes the JobSet would do so. Disks fill and become read-only only where
@@ -23,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,14 @@ from twotower.training.monitoring.heartbeat import read_heartbeat
 from twotower.training.run import load_run
 
 _FAULTS = flags.DEFINE_integer("faults", 30, "Number of faults; --quick throws a twentieth.")
+_REGROUP = flags.DEFINE_bool("regroup", False, "In their place: 4, 2, 3, 4 processes of one run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of their kinds and steps.")
 
 # A Python that keeps compiled programs of both processes: most of a start would be compiling.
 _PYTHON = (sys.executable, "-m", "tests.training.keep_programs")
 STEPS = 1_500
+# Devices of the processes that go on with one run, one after the other.
+_GROUPS = ((1, 1, 1, 1), (2, 2), (2, 1, 1), (1, 1, 1, 1))
 _PER_RUN = 10  # faults of a run
 _HEARTBEAT = 10  # seconds of silence after which a process counts as lost
 _LONG_STOP = 60.0
@@ -75,22 +79,26 @@ def get_config():
 
 
 class Training:
-    """Two processes of one run, started together; none outlives it.
+    """Processes of one run, started together; none outlives it.
 
     Args:
         workdir: Folder of the run.
         logs: Folder of what they say.
+        devices: Number of devices of each process.
+        log_every: Number of steps between two lines of metrics.
     """
 
-    def __init__(self, workdir: Path, logs: Path) -> None:
+    def __init__(
+        self, workdir: Path, logs: Path, devices: Sequence[int] = (1, 1), log_every: int = 10
+    ) -> None:
         self.workdir = workdir
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
         self.processes = []
         self._logs = []
-        for number in range(2):
+        for number, count in enumerate(devices):
+            environment = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(count)}
             command = [
                 *_PYTHON,
                 "-m",
@@ -98,14 +106,17 @@ class Training:
                 f"--config={__file__}",
                 f"--workdir={workdir}",
                 f"--coordinator=127.0.0.1:{port}",
-                "--processes=2",
+                f"--config.training.log_every={log_every}",
+                f"--processes={len(devices)}",
                 f"--process={number}",
                 f"--heartbeat_timeout={_HEARTBEAT}",
             ]
             log = logs / f"{len(list(logs.iterdir()))}.log"
             self._logs.append(log)
             with log.open("w") as file:
-                process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+                process = subprocess.Popen(
+                    command, env=os.environ | environment, stdout=file, stderr=file
+                )
             self.processes.append(process)
 
     def __enter__(self) -> Training:
@@ -119,7 +130,7 @@ class Training:
 
     @property
     def is_running(self) -> bool:
-        """Whether both processes run."""
+        """Whether all processes run."""
         return all(process.poll() is None for process in self.processes)
 
     def has_begun(self) -> bool:
@@ -135,12 +146,12 @@ class Training:
         wait_until(has_come, f"step {step}")
 
     def wait(self) -> list[int]:
-        """Waits for both ends and returns their statuses."""
+        """Waits for all ends and returns their statuses."""
         wait_until(lambda: all(x.poll() is not None for x in self.processes), "the end")
         return [process.returncode for process in self.processes]
 
     def said(self) -> str:
-        """Returns what both have logged."""
+        """Returns what all have logged."""
         return "\n".join(log.read_text(errors="replace") for log in self._logs)
 
 
@@ -365,6 +376,35 @@ def check_same_end(workdir: Path, whole: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, runs[0].weights, runs[1].weights)
 
 
+def regroup(scratch: Path, logs: Path) -> None:
+    """Lets other numbers of processes go on with a run of four devices, and compares its end with
+    that of one process.
+
+    Raises:
+        AssertionError: The ends differ.
+    """
+    whole = scratch / "one"
+    with Training(whole, logs, (4,), log_every=1) as training:
+        assert training.wait() == [0], training.said()
+    workdir = scratch / "several"
+    for place, devices in enumerate(_GROUPS):
+        with Training(workdir, logs, devices, log_every=1) as training:
+            if place < len(_GROUPS) - 1:
+                training.wait_for_step(STEPS * (place + 1) // len(_GROUPS))
+                training.processes[-1].terminate()
+            statuses = training.wait()
+            print(f"{len(devices)} processes: {statuses}, {saved_steps(workdir)[-1]}", flush=True)
+    losses = []
+    for path in (whole, workdir):
+        lines = [line for line in read_lines(path) if "loss" in line]
+        losses.append([line["loss"] for line in lines])
+    runs = [load_run(path, checkpoint="latest") for path in (whole, workdir)]
+    pairs = zip(*(jax.tree.leaves(run.weights) for run in runs), strict=True)
+    far = [float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs]
+    print(f"losses differ by at most {np.max(np.abs(np.subtract(*losses))):.2g}")
+    print(f"weights differ by at most {max(far):.2g}")
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[bool]:
     """Mounts a small disk at a folder, and yields whether this user may."""
@@ -394,6 +434,9 @@ def main(argv: list[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch, small_disk(Path(scratch) / "disk") as may:
         logs = Path(scratch) / "logs"
         logs.mkdir()
+        if _REGROUP.value:
+            regroup(Path(scratch), logs)
+            return
         whole = Path(scratch) / "whole"
         with Training(whole, logs) as training:
             assert training.wait() == [0, 0], training.said()

@@ -42,11 +42,12 @@ def main() -> None:
     from twotower import inspection
     from twotower.core.install import command
     from twotower.fitting import Columns
-    from twotower.training.monitoring.report import describe_run, is_run
+    from twotower.training.monitoring.report import describe_run, find_run
 
     path = _LOG.value
-    if is_run(Path(path)):
-        print("\n".join(describe_run(Path(path))))
+    workdir = find_run(path)
+    if workdir is not None:
+        print("\n".join(describe_run(workdir)))
         return
     # A name that Python and a shell take as it is.
     stem = re.sub(r"\W+", "_", Path(path).name.partition(".")[0]).strip("_") or "log"

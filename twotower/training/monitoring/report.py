@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from twotower.core.files import read_json
+from twotower.core.remote.mirror import pull
+from twotower.core.remote.objects import Bucket, is_remote
 from twotower.training.monitoring.goodput import format_ledger, read_ledger
 from twotower.training.monitoring.heartbeat import PERIOD, read_heartbeat
 from twotower.training.monitoring.stragglers import find_slowest, format_slowest, parse_beat
@@ -84,7 +86,18 @@ def _format_processes(workdir: Path, processes: int) -> Iterator[str]:
         yield format_slowest(slowest)
 
 
-def is_run(path: Path) -> bool:
-    """Returns whether a path is the folder of a run."""
-    config = path / "config.json"
-    return config.is_file() and "training" in read_json(config)
+def find_run(path: str) -> Path | None:
+    """Returns the folder of the run at a path, that of an address as its copy; None where there is
+    no run.
+
+    Args:
+        path: Path of anything.
+    """
+    if is_remote(path):
+        if Bucket(path, "--log").read("config.json") is None:
+            return None
+        path = str(pull(path, "--log"))
+    config = Path(path) / "config.json"
+    if config.is_file() and "training" in read_json(config):
+        return Path(path)
+    return None

@@ -51,7 +51,7 @@ class Chip:
         return self.network
 
 
-# The links of a TPU carry 100 GB/s each way (1,200 GB/s both ways of the six of a v5p, by its page),
+# The links of a TPU carry 100 GB/s each way (its page: 1,200 GB/s both ways of the six of a v5p)
 # and a ring takes two of a chip's. NVLink 4 carries 900 GB/s both ways together (nvidia.com, Hopper
 # architecture), NVLink 5 twice that; between hosts each GPU has a ConnectX-7 of 400 Gb/s.
 # TensorFloat-32 of a GPU has half of the peak of bfloat16; a TPU multiplies float32 in bfloat16
