@@ -11,6 +11,7 @@ from twotower.core.codes import (
     count_distinct,
     distinct,
     encode,
+    encode_columns,
     positions,
 )
 
@@ -96,3 +97,23 @@ def test_codes_are_read_as_text_by_blocks(monkeypatch):
     text = arrow.plain_text(column)
     assert text.num_chunks == 3 and text.to_pylist() == ["a", None, "b", "a", "c"]
     assert arrow.plain_text(column[:0]).to_pylist() == []
+
+
+@pytest.mark.parametrize(
+    "values, indices",
+    [
+        (["a", "b", "a"], [0, 1, 2, None, 1]),
+        (["a", None, "b"], [0, 1, 2, None, 2]),
+        (["a", "b"], [0, 1, 0, None, 1]),
+    ],
+    ids=["repeats", "nulls", "plain"],
+)
+def test_codes_of_somebody_else_have_one_value_each(values, indices):
+    """Two codes of one id would be two users, and a code of null would be somebody."""
+    chunk = pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), values)
+    column = pa.chunked_array([chunk, chunk.slice(2)])
+    table = encode_columns(pa.table({"user_id": column}), ("user_id",))
+    coded, known = codes_and_values(table["user_id"])
+    ids = column.to_pylist()
+    assert sorted(known.to_pylist()) == ["a", "b"]
+    assert [None if code < 0 else known[int(code)].as_py() for code in coded] == ids

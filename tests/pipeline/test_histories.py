@@ -16,6 +16,7 @@ from twotower.features.inputs import (
     HISTORY_TIME_TO_NEXT,
     HISTORY_WEIGHT,
 )
+from twotower.pipeline import histories
 from twotower.pipeline.batches import SPANS, flat_events, windows
 from twotower.pipeline.histories import KNOWN_PARTS
 
@@ -172,6 +173,15 @@ def test_what_the_log_does_not_have_is_refused(tmp_path, field, value, message):
     path = write_log(tmp_path / "log.csv")
     with pytest.raises(ConfigError, match=message):
         prepare_log(path, {"kind": "leave_last_out"}, **{field: value})
+
+
+def test_more_events_than_can_be_numbered_are_refused(tmp_path, monkeypatch):
+    """Spans of 32 bits would wrap, and rows read the events of others."""
+    path = write_log(tmp_path / "log.csv")
+    log = path.read_text().splitlines()
+    monkeypatch.setattr(histories, "MAX_EVENTS", len(log))
+    with pytest.raises(ConfigError, match="cannot be numbered. Train on the latest rows"):
+        prepare_log(path, {"kind": "leave_last_out"})
 
 
 def test_histories_as_requests_bring_them_are_those_of_the_end_of_the_log(tmp_path):

@@ -31,11 +31,29 @@ def encode(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def encode_columns(table: pa.Table, names: tuple[str, ...]) -> pa.Table:
-    """Returns a table with some of its columns as codes."""
+    """Returns a table with some of its columns as codes, each of another value."""
     for name in names:
         position = table.column_names.index(name)
-        table = table.set_column(position, name, encode(table[name]))
+        column = table[name]
+        # Codes of somebody else: one value of two codes would be two users.
+        if pa.types.is_dictionary(column.type) and not _has_plain_dictionaries(column):
+            column = column.cast(column.type.value_type)
+        table = table.set_column(position, name, encode(column))
     return table
+
+
+def _has_plain_dictionaries(column: pa.ChunkedArray) -> bool:
+    """Returns whether the dictionaries of a column hold each value once, and no null."""
+    checked: list[pa.Array] = []
+    for chunk in column.chunks:
+        values = chunk.dictionary
+        # Chunks of one column share their dictionary nearly always.
+        if any(values.equals(other) for other in checked[-1:]):
+            continue
+        if values.null_count or pc.count_distinct(values).as_py() < len(values):
+            return False
+        checked.append(values)
+    return True
 
 
 def codes_and_values(column: pa.Array | pa.ChunkedArray) -> tuple[np.ndarray, pa.Array]:

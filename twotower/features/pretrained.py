@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from twotower.core.arrow import is_list, pc, plain_text
+from twotower.core.arrow import is_list, join_chunks, pc, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.features.base import Feature, Fitted, TrainingColumn, column_of, join_lists
@@ -93,7 +93,7 @@ class PretrainedFeature(Feature):
         if not self._has_rows_of_column:
             return super().read(rows)
         names = self.columns_read
-        arrays = [column_of(rows, name).combine_chunks() for name in names]
+        arrays = [join_chunks(column_of(rows, name)) for name in names]
         return pa.chunked_array([pa.StructArray.from_arrays(arrays, names)])
 
     @property
@@ -365,12 +365,13 @@ def _read_parquet(
     # Two columns alone: the file may hold much else.
     table = pq.read_table(path, columns=sorted(columns))
     ids = as_strings(table[feature.id_column])
-    lists = table[feature.vector_column].combine_chunks()
-    if not is_list(lists.type):
+    column = table[feature.vector_column]
+    if not is_list(column.type):
         raise ConfigError(
-            f"{location}: column {feature.vector_column!r} is of type {lists.type}, not lists of "
+            f"{location}: column {feature.vector_column!r} is of type {column.type}, not lists of "
             "numbers."
         )
+    lists = join_lists(column)
     # Refused by `_check_vectors`, as an empty .npy file is.
     if not len(lists):
         return ids, np.zeros((0, 0), np.float32)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from absl import logging
 
-from twotower.core.arrow import pc
+from twotower.core.arrow import join_chunks, pc
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic
 from twotower.core.install import install_line
@@ -252,7 +252,7 @@ def _read_column(path: Path, column: str) -> pa.Array:
         raise ConfigError(
             f"{path} of the cache of sentence vectors is damaged ({error}): delete it."
         ) from None
-    return table[column].combine_chunks()
+    return join_chunks(table[column])
 
 
 def _write_cache(cache: Path, texts: pa.LargeStringArray, vectors: np.ndarray) -> None:

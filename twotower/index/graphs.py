@@ -121,7 +121,8 @@ def read_faiss(path: Path, kind: str) -> Any:
     faiss = import_module("faiss", "faiss", kind)
     try:
         with _size_limit(faiss, path.stat().st_size):
-            return faiss.read_index(str(path))
+            # Lists that lie in a file elsewhere, which this one names, are opened to be read alone.
+            return faiss.read_index(str(path), faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise BadIndexError(f"{path} cannot be read: {reason}") from error

@@ -40,6 +40,7 @@ EVENTS_READ_BY = {"train": "train", "validation": "train", "test": "test"}
 _LEVEL_WITH = {"train": "train", "validation": "test", "test": "now"}
 
 # Rows whose spans are made at once.
+MAX_EVENTS = 2**31 - 1  # that int32 numbers, of all levels together
 _BLOCK = 2**19
 
 
@@ -223,6 +224,12 @@ def build_histories(
         bounds = np.searchsorted(rows.user[is_known], np.arange(num_users + 1))
         offsets[name] = start + bounds
         start += len(orders[name])
+    if start > MAX_EVENTS:
+        raise ConfigError(
+            f"{feature.location}: the histories of this log hold {start:,} events, in three "
+            f"levels, and more than {MAX_EVENTS:,} cannot be numbered. Train on the latest rows: "
+            "config.data.where=[('timestamp', '>=', ...)]."
+        )
     events = {}
     # Taken out one by one, so that a column is freed before the next one is joined.
     for array in [*rows.columns]:
