@@ -521,7 +521,7 @@ def train_in_folder(
             tell(report)
             start_log()
 
-        # Both are made later, of prepared data: training itself imports neither.
+        # Validation and mining are made later, of prepared data: training itself imports neither.
         run_folder.train(
             config,
             workdir,
@@ -793,7 +793,7 @@ def _figures(run: Run) -> dict[str, Any]:
     path = metrics_path(run.workdir, "test")
     if path.exists():
         measured = read_json(path)
-        # Those of another checkpoint say nothing of this one.
+        # Figures of another checkpoint say nothing of this one.
         if measured["protocol"]["step"] == run.step:
             figures["test"] = measured["model"]
     entries: dict[str, Any] = {
@@ -898,7 +898,7 @@ def evaluate(
     if retriever is not None:
         measured |= _index_figures(retriever, run, split)
     if sanity:
-        # Of this checkpoint: the bundle in the folder may be of another.
+        # A bundle of this checkpoint: the one in the folder may be of another.
         title, category = sanity_columns
         asked = Retriever(make_bundle(run))
         measured["sanity"] = check_sanity(run, asked, title=title, category=category)

@@ -149,7 +149,7 @@ def read_log(
     if describes_items:
         key = configs["interactions"].columns["item_id"]
         configs["item_table"] = TableConfig(columns={"item_id": key})
-        # Of the training rows alone: what later rows say of an item would tell the future.
+        # From the training rows alone: what later rows say of an item would tell the future.
         tables["item_table"] = _items_of_log(chosen.parts.train, read.others, said)
         raw_items = tables["item_table"].drop_columns(["item_id"])
     facts = log_facts(

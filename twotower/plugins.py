@@ -178,7 +178,7 @@ def _import_plugin(name: str, folder: Path, saved_file: str, kinds: str) -> None
         raise ConfigError(
             f"config.plugins: {name!r} is a folder without an __init__.py: name a module in it."
         )
-    # Of the code that this process runs, even if the file has changed since.
+    # The hash of the code that this process runs, even if the file has changed since.
     if name not in _imported:
         _imported[name] = Plugin(Path(file), _package_digest(Path(file)))
 

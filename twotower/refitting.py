@@ -242,7 +242,7 @@ def read_further_rows(
     new = with_uses(dataclasses.replace(new, contract=encoder.contract), uses)
     joined = assemble(
         _stack(known.interactions, new.interactions, "interactions"),
-        # Of one id the first value counts: new tables say what is so now.
+        # The first value of an id counts: new tables say what is so now.
         _stack(new.users, known.users, "users"),
         _stack(new.items, known.items, "items"),
     )
@@ -360,7 +360,7 @@ def _name_of(source: str) -> str:
     """Returns the name of a file without its folder and kind, as a part of the names of files."""
     stem = Path(source.removeprefix(BIGQUERY)).name.partition(".csv")[0].partition(".parquet")[0]
     name = re.sub(r"[^\w-]+", "_", stem).strip("_")
-    # Those are the parts of the log, whose figures must not be replaced.
+    # These are names of the parts of the log, whose figures must not be replaced.
     return f"{name}_rows" if name in (*PARTS, "") else name
 
 

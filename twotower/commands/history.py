@@ -116,7 +116,7 @@ def write(history: EmbeddingHistory) -> None:
         run_id = _RUN_ID.value or workdir.resolve().name
         experiment_id = _EXPERIMENT_ID.value
         link = read_link(workdir)
-        # Of a run from MLflow the names there: the folder may be that of a download.
+        # A run from MLflow has its names there: the folder may be that of a download.
         if _RUN.is_of_mlflow and link is not None:
             run_id = _RUN_ID.value or link.run_name
             experiment_id = experiment_id or link.experiment

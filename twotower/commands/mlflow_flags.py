@@ -215,7 +215,7 @@ def define_run(
     holder = flags.DEFINE(
         _OptionalValue(), workdir, None, "The folder of the run.", flag_values=flag_values
     )
-    # Of a flag that may stand alone, as --append: absl then takes no value from the argument that
+    # For a flag that may stand alone, as --append: absl then takes no value from the argument that
     # follows, and "true" where there is none.
     flag_values[workdir].boolean = workdir != "workdir"
     return RunFlags(

@@ -362,7 +362,7 @@ def make_app(
 
         # Made in each process: a connection must not be shared between them.
         find = RedisStore(url, name=name).user_vector
-    # Those of a router become one object, with connections that no other process may share.
+    # URLs become one router, with connections that no other process may share.
     rest = dict(options)
     urls = rest.pop("shard_urls", ())
     seconds = rest.pop("shard_seconds", 0.0)

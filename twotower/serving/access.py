@@ -57,7 +57,8 @@ class Access:
                     f"{', '.join(_NAMES)}."
                 )
             listed = [values] if isinstance(values, str) else list(values)
-            # It would be taken for no wish to have one, which opens reading to everybody.
+            # An empty list would be taken for no wish to have a token, which opens reading to
+            # everybody.
             if not listed:
                 raise ConfigError(f"--tokens: {name!r} has no token. Leave it out, or give one.")
             for token in listed:
@@ -83,7 +84,7 @@ class Access:
         tokens: dict[str, Any] = {}
         for name in _NAMES:
             value = environment.get(f"TWOTOWER_{name.upper()}_TOKEN")
-            # One that is empty is a secret that was not found, and is refused as too short.
+            # An empty variable is a secret that was not found, and is refused as too short.
             if value is not None:
                 tokens[name] = value
         if path:

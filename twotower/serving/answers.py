@@ -195,7 +195,7 @@ class Answers:
                 events = self._live_events(user)
         is_personal = is_known or request.features
         if not is_personal and self._history and events:
-            # Of events with unknown items alone the model would make something up.
+            # From events with unknown items alone the model would make something up.
             is_personal = any(map(self.retriever.has_item, map(_item_of, events)))
         if not is_personal:
             return self._without_model(request, user, events or ())
@@ -555,7 +555,8 @@ class Answers:
             if event.timestamp is not None:
                 try:
                     (seconds,) = read_time([event.timestamp]).to_pylist()
-                    # One that no calendar has would be kept, and fail each request of its user.
+                    # A time that no calendar has would be kept, and would fail each request of its
+                    # user.
                     if seconds is not None:
                         _to_datetime(seconds)
                 except ConfigError as error:

@@ -417,7 +417,7 @@ class Service:
 
         A signal calls it, amid whatever runs: it must take no lock, such as that of a counter.
         """
-        # One that was never ready goes on to refuse.
+        # A server that was never ready goes on to refuse.
         self.status = "stopping" if self.status == "ok" else "stopping early"
         self.closing = [(b"connection", b"close")]
 
@@ -985,8 +985,8 @@ class App(Service):
 
     def _answer_shadow(self, function: MakeAnswer, request: Any, made: types.Answer) -> None:
         shadow = self.versions.shadow
-        # It may have been taken away, or have become the main version, since the request was
-        # answered.
+        # The shadow may have been taken away, or have become the main version, since the request
+        # was answered.
         if shadow is None or shadow.version == made.model_version:
             return
         try:

@@ -63,7 +63,7 @@ _SHED = b"".join(
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
 GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
-# Of refusals before there is a request, which no framework has an answer for.
+# For refusals before there is a request, which no framework has an answer for.
 _STATUS_LINES = {
     408: b"HTTP/1.1 408 Request Timeout\r\n",
     431: b"HTTP/1.1 431 Request Header Fields Too Large\r\n",
@@ -129,10 +129,10 @@ def make_app(
     state = None
     if member is not None:
         state = member.read_state()
-    # One that takes the place of a process that died answers by the versions of the others.
     if router is not None:
         versions = load_router(folders, make, router)
     else:
+        # A process that takes the place of a dead one answers by the versions of the others.
         versions = load_all(folders, make) if state is None else restore(state, make)
     # Beside the bundle and not in it: the next export replaces the folder.
     path = Path(events or first.parent / f"{first.name}.events")
@@ -252,9 +252,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         member = self._app.member
         if member is not None and not member.has_joined:
-            # It has accepted nothing, and is in the midst of loading.
-            # Not by an exception: the thread that compiles cannot be interrupted, and Python's end
-            # would wait for it.
+            # The process has accepted nothing, and is in the midst of loading. It ends without an
+            # exception, since Python would wait for the thread that compiles.
             os._exit(0)
         # A second signal does not wait.
         if self._stop_at:
@@ -325,13 +324,13 @@ class _Protocol(DirectProtocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        # What belongs to a body, or to a whole head, was counted elsewhere.
+        # The bytes of bodies are bounded by `read_body`, and those of a whole head by `on_header`.
         if not self._is_in_head or self.transport.is_closing():
             return
         self._head_bytes += len(data)
         limits = self.served.limits
-        # Of a single header that never ends `on_header` is not told, and of a head that came as a
-        # whole nothing is left to count here.
+        # `on_header` is not told of a single header that never ends; of a head that came as a whole
+        # nothing is left to count here.
         if self._head_bytes > limits.head:
             self._refuse(431)
         elif self._head_timer is None:

@@ -50,7 +50,7 @@ class Writer:
                 server share; by default one of this process.
         """
         self._aside = aside
-        # It goes with the process.
+        # Deleted when the process ends.
         self._own: tempfile.TemporaryDirectory[str] | None = None
         self.waiting = 0
         self.follows = False

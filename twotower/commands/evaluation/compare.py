@@ -75,7 +75,7 @@ def main() -> None:
         return
     try:
         sys.exit(_judge(_GATE.value))
-    # Of a gate the status 1 means that the candidate fails, and nothing else.
+    # The status 1 of a gate means that the candidate fails, and nothing else.
     except OSError as error:
         raise ConfigError(str(error)) from error
 

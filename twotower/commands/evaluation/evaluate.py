@@ -253,7 +253,7 @@ def append(history: str, run: Run, measured: Measured) -> str:
     dataset = _BIGQUERY.value
     if dataset:
         client = make_client(dataset.rpartition(".")[0])
-        # Of an evaluation that was kept before, the date that it is kept under.
+        # An evaluation that was kept before is loaded by the date that it is kept under.
         date = date_of(path)
         name, rows = load_results(client, dataset, history, date, table=table)
         line += f"\n{name}: {rows:,} rows of {date}."

@@ -426,7 +426,7 @@ def _legend(figure: Figure, labels: Sequence[tuple[int, str]], *, lines: bool) -
             linewidth=1.8,
         )
         figure.add_artist(sample)
-        # What is left of the column holds so many letters.
+        # The rest of the column has room for so many letters.
         text = shorten(label, 16 if lines else 17)
         figure.text((end + 6) / WIDTH, y / height, text, va="center_baseline", ha="left")
 

@@ -41,7 +41,7 @@ def umap_charts(groupings: Sequence[Grouping], vectors: np.ndarray) -> list[Char
         vectors: Vectors of all items, float32 [N, D].
     """
     rows = evenly_spaced(np.arange(len(vectors)), FITTED_ITEMS)
-    # Of two or three items nothing is near or far.
+    # Among two or three items nothing is near or far.
     if len(rows) <= 3:
         return []
     # Shares of variance are of components alone.
@@ -86,7 +86,7 @@ def _place(vectors: np.ndarray) -> np.ndarray:
         n_neighbors=neighbours, metric="cosine", init=start, random_state=0, n_jobs=1
     )
     with warnings.catch_warnings():
-        # Of nearly equal vectors it warns by the internals of its neighbour graph.
+        # For nearly equal vectors UMAP warns by the internals of its neighbour graph.
         warnings.simplefilter("ignore")
         return np.asarray(reducer.fit_transform(vectors), np.float32)
 

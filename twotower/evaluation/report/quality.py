@@ -155,7 +155,7 @@ def _difference(verdict: Verdict) -> str:
     if not verdict.rival_value:
         return "it finds nothing"
     share = verdict.value / verdict.rival_value - 1
-    # It would be told as 0 %.
+    # A smaller share would be told as 0 %.
     if abs(share) < 0.005:
         return "the same as the model"
     side = "more" if share > 0 else "less"
@@ -183,7 +183,7 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
     # Figures of earlier versions have none.
     if not intervals:
         caption = "Each row is one way to make lists; further right is better."
-    # Of generated data alone, whose preferences are known.
+    # Only generated data has them, since its preferences are known.
     if "true_preferences" in figures:
         caption += (
             " True preferences are what the data was made of: no ranking can be expected to reach "
@@ -205,7 +205,7 @@ def _best_first(figures: Mapping[str, Mapping[str, float]], metric: str) -> list
 
 def _model_first(figures: Mapping[str, Mapping[str, float]], metric: str) -> list[str]:
     """Returns the names that a chart has room for: the model, then the best baselines."""
-    # Those that fit no more are in the table of the chart.
+    # Baselines that fit no more are in the table of the chart.
     names = dict.fromkeys(["model", *_best_first(figures, metric)])
     return list(names)[:MOST_LINES]
 

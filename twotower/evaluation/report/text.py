@@ -127,7 +127,8 @@ def format_metrics(
         intervals: Lower and upper ends of the figures of the first ranking, shown after them.
     """
     first = next(iter(columns.values()))
-    # Those that were asked for; one without a length, such as AUC, is of the whole corpus.
+    # Further metrics that were asked for; one without a length, such as AUC, is of the whole
+    # corpus.
     further = [name for name in first if name.startswith(FURTHER_NAMES)]
     names = []
     for name in TABLE_METRICS:

@@ -264,7 +264,7 @@ def index(
 def _trials(tuning: Tuning) -> Chart:
     effort = tuning.efforts[0] if tuning.efforts else None
     k = effort.k if effort else tuning.tried[0].k
-    # Those of the lists of `config.retrieval.k`: recalls of other lengths do not compare.
+    # Trials for the lists of `config.retrieval.k`: recalls of other lengths do not compare.
     trials = [trial for trial in tuning.tried if trial.k == k]
     by_reorder: dict[int, list[Trial]] = {}
     for trial in trials:
@@ -384,7 +384,7 @@ def _storage(users: np.ndarray, items: np.ndarray, *, normalized: bool) -> Chart
     )
     rows = []
     for kind, width, size, recall in measured:
-        # Of all items, of which the sample only has a share.
+        # For all items, of which the sample has only a share.
         total = f"{size * len(items) / 2**20:,.1f}"
         rows.append([f"{kind}, {width} wide", str(size), total, f"{recall:.4f}"])
     caption = (

@@ -86,7 +86,7 @@ class ImpressionLog:
         self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
         self._since = time.monotonic()
         self._is_closed = threading.Event()
-        # Of the rows, which the thread makes and an erasure looks through.
+        # For the rows, which the thread makes and an erasure looks through.
         self._lock = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -188,7 +188,8 @@ def search_boosted(
             best = search(asked, (*where, *boost.where))
             found |= {item.item_id: item for item in best}
             if len(best) == asked:
-                # What no search has found scores at most as the last one here, before its boosts.
+                # An item that no search has found scores at most as the last one here, before its
+                # boosts.
                 bound = max(bound, _greatest_boosted(best[-1].score, boosts))
         items = _apply(retriever, list(found.values()), boosts)[:k]
         is_settled = len(items) == k and items[-1].score >= bound
@@ -298,7 +299,8 @@ def _fill(
 def _due(position: int, promotions: Sequence[Promotion], given: Sequence[int]) -> int:
     """Returns the number of the promotion that has a position, counted from 1; -1 for none."""
     chosen = -1
-    # Of two at once, that which waits for more; the other has the next position.
+    # Where two promotions are due at once, the one that waits for more goes first; the other has
+    # the next position.
     most = 1.0
     for number, promotion in enumerate(promotions):
         # Rounded, as 3 positions of 100 / 3 percent are 1.
@@ -313,7 +315,7 @@ def _next(
     queue: collections.deque[Recommendation], caps: _Caps, count: int
 ) -> list[Recommendation]:
     """Returns the first items of a queue that may come into the list."""
-    # Those that do not fit now never will: categories only fill.
+    # An item that does not fit now never will: categories only fill.
     while queue and not caps.fit(queue[0]):
         queue.popleft()
     if count == 1:

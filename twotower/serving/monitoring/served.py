@@ -103,7 +103,8 @@ class Served:
                 self._counts[item] -= 1
                 if not self._counts[item]:
                     del self._counts[item]
-        # Of the first page alone, by the scores of the model: others are lower, or of another kind.
+        # Only first pages, by the scores of the model: later pages score lower, and other scores
+        # are of another kind.
         is_plain = isinstance(request, Retrieve) and not request.offset
         if is_plain and not request.popularity_weight and len(self._edges):
             self._parts.append(self._parts_of(items[:K]))

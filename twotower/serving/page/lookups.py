@@ -245,7 +245,7 @@ class Lookups:
 
         After changes it is made anew, and what was made before them answers until that is done.
         """
-        # What was made may be of a version that has ceased to answer meanwhile: then once more.
+        # While this waited another version may have become the main one: then it is made once more.
         while True:
             answers = self._versions.main
             made = self._made

@@ -116,7 +116,7 @@ class Links:
             finally:
                 self._tasks.discard(task)
 
-        # Of the process that had the number before.
+        # The socket that a process with this number has left when it died.
         self._path.unlink(missing_ok=True)
         self._server = await asyncio.start_unix_server(serve, str(self._path))
 
@@ -188,7 +188,7 @@ class Links:
         replies = await asyncio.gather(*calls, return_exceptions=True)
         for path, reply in zip(others, replies):
             problem = reply.problem if isinstance(reply, Reply) else reply
-            # One that starts, or has just died, reads all of it later.
+            # A process that starts, or has just died, reads all of it from the logs later.
             if problem is not None and not isinstance(problem, ConnectionError):
                 logging.warning("Process %s is behind: %r", path.stem, problem)
 

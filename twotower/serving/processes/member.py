@@ -187,7 +187,7 @@ class Member:
             # Not before it has all versions, or when it is about to end.
             if not self.has_joined or served.status != "ok" or not self._links.claim():
                 return self.is_writer
-            # What the one before has changed comes before what this one changes.
+            # First the changes of the writer before this one: they came earlier.
             await served.writer.follow()
             state = self.read_state()
             if state is not None:

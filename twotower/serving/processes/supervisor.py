@@ -150,12 +150,13 @@ class Supervisor:
         try:
             child.pipe.recv()
         except (EOFError, OSError):
-            # It has ended, or is about to: the sentinel tells.
+            # The child has ended, or is about to: its sentinel tells.
             time.sleep(0.01)
             return
         self._failures = 0
         self._ready.add(index)
-        # Where one accepts that is not ready, the answers of the others would contradict it.
+        # While a process accepts requests that is not ready, it refuses what the others would
+        # answer: nobody else joins before it.
         waiting = [n for n, other in self._children.items() if other.is_early]
         if set(waiting) <= self._ready:
             for ready in self._ready:

@@ -104,7 +104,7 @@ class _Shard:
         Raises:
             _Failure: It cannot be reached.
         """
-        # Of a list that threads share: an element is taken by one of them.
+        # Threads share this list: an element is taken by one of them.
         with contextlib.suppress(IndexError):
             sent = _Sent(self._idle.pop(), False)
             with contextlib.suppress(OSError, http.client.HTTPException):
@@ -143,7 +143,7 @@ class _Shard:
         except (OSError, http.client.HTTPException, ValueError) as error:
             sent.connection.close()
             raise _Failure("error", f"its answer cannot be read ({error})") from None
-        # Of a request that is wrong all shards say the same: the client must hear of it.
+        # All shards say the same of a request that is wrong: the client must hear of it.
         if status == 400:
             raise ConfigError(problem.detail)
         why: Why = "version" if status == 409 else "error"

@@ -51,7 +51,7 @@ class Admin:
         self._bundles = bundles
         # One after another: each begins with the state that the one before has left.
         self._lock = asyncio.Lock()
-        # Of new versions that could not be used each is tried once.
+        # Folders of new versions that were tried: one that could not be used is not tried again.
         self._tried: set[str] = set()
         # The number of the last state that could not be taken up.
         self._failed = -1
@@ -119,7 +119,8 @@ class Admin:
                 for version, place in state.places.items():
                     if version not in self.versions:
                         await self._load(place)
-            # Of any kind, such as too little memory: another try follows with the next state alone.
+            # Errors of any kind, such as too little memory: another try follows with the next state
+            # alone.
             except Exception as error:
                 self._failed = state.number
                 logging.error("The versions of the other processes are not here: %s", error)
@@ -180,7 +181,7 @@ class Admin:
         with self._writer.remember() as missed:
             answers = await loop.run_in_executor(None, _load_and_prove, place, self.versions.make)
             await self._writer.adopt(answers, missed)
-        # It lives as long as the server may: no garbage.
+        # The version lives as long as the server may: it is no garbage.
         gc.freeze()
 
     async def _apply(self, state: State) -> None:

@@ -94,13 +94,13 @@ class Versions:
         self.state = state
         self.main = self._loaded[state.routing.main]
         self.shadow = self._loaded[state.routing.shadow] if state.routing.shadow else None
-        # Those that are left out are freed when the last request that they answer has ended.
+        # Versions that are left out are freed when the last request that they answer has ended.
         self._loaded = {version: self._loaded[version] for version in state.places}
 
     def list(self) -> VersionList:
         """Returns what is loaded."""
         state = self.state
-        # One that was just added is in no state yet.
+        # A version that was just added is in no state yet.
         infos = [self._describe(self._loaded[version]) for version in state.places]
         return VersionList(
             state.routing.main, infos, len(state.routing.overrides), state.routing.share
