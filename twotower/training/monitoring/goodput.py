@@ -62,11 +62,14 @@ class Ledger:
             away: Seconds since the last time that the ledger was written.
         """
         known = [saved for saved in self.saves if saved <= step]
+        # What the checkpoint holds that the run goes on from: all later work is done again.
         kept = self.saves[max(known)] if known else dict.fromkeys(PRODUCTIVE, 0.0)
         seconds = dict(self.seconds)
         for name in PRODUCTIVE:
+            # Moved from productive to lost, so that the parts still add up to the whole.
             seconds["lost"] += max(seconds[name] - kept[name], 0.0)
             seconds[name] = min(seconds[name], kept[name])
+        # Clocks of two machines may differ, and nobody was away for less than nothing.
         seconds["away"] += max(away, 0.0)
         saves = {saved: self.saves[saved] for saved in known}
         return Ledger(self.begun, self.starts + 1, seconds, saves)
@@ -99,6 +102,7 @@ def read_ledger(content: Mapping[str, Any]) -> Ledger | None:
         for step, saved in content["saves"].items():
             saves[int(step)] = {name: float(saved[name]) for name in PRODUCTIVE}
         return Ledger(float(content["begun"]), int(content["starts"]), seconds, saves)
+    # A file that a person has edited, or another version has written, must not end a training.
     except (AttributeError, KeyError, TypeError, ValueError):
         return None
 
@@ -108,6 +112,7 @@ def format_ledger(ledger: Ledger) -> str:
     parts = []
     for name in SPENT:
         value = ledger.seconds[name]
+        # Below that the line would tell 0.0 %.
         if value >= 0.0005 * ledger.total:
             parts.append(f"{name} {value:,.1f} s")
     starts = "1 start" if ledger.starts == 1 else f"{ledger.starts} starts"

@@ -99,6 +99,7 @@ class Heartbeat:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # Before the thread ends, since the heartbeats of the others are what tells who is left.
         if isinstance(error, Exception) and is_lost_process(error):
             self._name_lost()
         self._state = "ended" if error is None else "stopped"
@@ -130,11 +131,13 @@ class Heartbeat:
     def _work(self) -> None:
         """Writes until the training is over, and once more."""
         while True:
+            # Read before writing: what is written after the end is then the last state for sure.
             is_over = self._is_over
             self._write()
             if is_over:
                 return
             self._beats += 1
+            # One process looks at all: a warning from each of thousands would bury it.
             if self._processes > 1 and self._process == 0 and not self._beats % _LOOK:
                 self._look()
             self._wake.wait(PERIOD)
@@ -153,6 +156,7 @@ class Heartbeat:
     def _content(self) -> dict[str, Any]:
         step, seconds = self._now
         before, spent = self._written
+        # Between two dispatches no step has ended, and the seconds of the last ones still hold.
         if step > before:
             # Steps that were compiled since the last beat are no measure of others.
             if seconds["start"] == spent["start"]:
@@ -172,6 +176,7 @@ class Heartbeat:
             "step_seconds": self._step_seconds,
             "rates": dict(self._rates),
         }
+        # The ledger is of the run, and kept once.
         if self._process == 0:
             content |= self._ledger.plus(seconds).to_json()
         return content

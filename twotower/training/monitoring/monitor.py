@@ -88,6 +88,7 @@ class Monitor:
         self.heartbeat.note(step)
         if not self.profiler.ends_at(step):
             return
+        # The devices may be steps behind the host: a profile that ends now would miss them.
         metrics.read()
         with self.phases.during("other"):
             self.profiler.stop()

@@ -58,6 +58,7 @@ class Profiler:
         if self._steps is None:
             return []
         first, last = self._steps
+        # Dispatches are cut there, since a profile begins and ends between two of them.
         return [edge - step for edge in (first - 1, last) if edge > step]
 
     def start_before(self, step: int) -> None:
@@ -69,8 +70,10 @@ class Profiler:
         if self._steps is None or self._is_on:
             return
         first, last = self._steps
+        # A run that goes on in the midst of these steps profiles what is left of them.
         if first - 1 <= step < last:
             self._folder.mkdir(parents=True, exist_ok=True)
+            # With a trace for Perfetto, which any browser opens without an installation.
             jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
             self._is_on = True
 

@@ -79,6 +79,7 @@ class Rates:
             its memory, and "bandwidth", its share of the peak.
         """
         chip = CHIPS[self.kind]
+        # A chip may be several devices of JAX, and the cost is that of one.
         flops = chip.flops / chip.devices
         if self.dtype == "float32":
             flops *= chip.float32

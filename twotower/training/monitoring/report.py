@@ -94,10 +94,12 @@ def find_run(path: str) -> Path | None:
         path: Path of anything.
     """
     if is_remote(path):
+        # Asked for alone first: a log in a bucket may be large, and is no run to copy.
         if Bucket(path, "--log").read("config.json") is None:
             return None
         path = str(pull(path, "--log"))
     config = Path(path) / "config.json"
+    # Other folders may have a file of that name.
     if config.is_file() and "training" in read_json(config):
         return Path(path)
     return None

@@ -105,12 +105,15 @@ class Watcher:
         said = ""
         for beat in beats:
             number, since = self._seen.get(beat.process, (-1, now))
+            # By the number of the beat and this machine's clock: other machines' times need not
+            # agree with it.
             if number != beat.number:
                 self._seen[beat.process] = (beat.number, now)
             elif now - since > SILENT and beat.process != self._process:
                 said = (
                     f"{beat.name} has been silent since step {beat.step}: the others wait for it."
                 )
+        # One sentence at a time: a process that is silent explains that all are slow.
         if not said:
             slowest = find_slowest(beats)
             said = format_slowest(slowest) if slowest else ""
