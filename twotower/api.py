@@ -206,8 +206,8 @@ class Run(run_folder.Run):
         Args:
             **index_options: Options of `config.retrieval` that replace those of the run, such as
                 `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`; and those of
-                `twotower.api.export`: `changes`, `with_users`, and `baseline`, such as "item_knn",
-                which exports a baseline in the place of the towers.
+                `twotower.api.export`: `changes`, `with_users`, `shards`, and `baseline`, such as
+                "item_knn", which exports a baseline in the place of the towers.
 
         Returns:
             The bundle that was written to `workdir / "bundle"`, or "bundle_item_knn" beside it.

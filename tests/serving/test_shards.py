@@ -182,6 +182,19 @@ def test_a_shard_that_is_silent_wrong_or_gone_is_missing_until_it_is_found_again
     assert router.look() == [0, 1]
 
 
+def test_an_answer_that_comes_when_the_time_is_up_is_late(stub):
+    router = Router([f"http://127.0.0.1:{stub.server_port}"], seconds=1e-9)
+    router.expect("v", 1)
+    told = []
+    router.report = lambda number, why: told.append(why)
+    assert router.look() == []
+    with pytest.raises(RequestError, match="missing: 0"):
+        search(router)
+    assert told == ["late"]
+    # Before it is ready, a router waits for longer.
+    assert router.complete(lambda: search(router)) == [[[[2.0, 1.0]], [[3, 0]]]]
+
+
 @pytest.fixture(scope="module")
 def divided(tmp_path_factory):
     run = make_run(tmp_path_factory.mktemp("divided"), features=FEATURES)

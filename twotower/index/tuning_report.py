@@ -10,6 +10,7 @@ from twotower.core.errors import ConfigError
 from twotower.core.install import extra
 from twotower.core.tables import format_table
 from twotower.index.base import Index
+from twotower.index.shards.divided import DividedIndex
 from twotower.index.tuning import Comparison, SearchEffort, Trial, Tuning
 
 # "-margin" is the recall less its margin, which must reach the target.
@@ -137,6 +138,8 @@ def save_plot(index: Index, path: Path) -> str:
         index: Index that was built.
         path: File of the plot, checked by `check_plot`.
     """
+    if isinstance(index, DividedIndex):
+        return f"No plot in {path}: each of the {len(index.parts)} shards has trials of its own."
     tuning = getattr(index, "tuning", None)
     if tuning is None or not tuning.tried:
         return f"No plot in {path}: the {index.kind} index has nothing to tune."

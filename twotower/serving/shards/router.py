@@ -28,8 +28,9 @@ from twotower.serving.shards import types
 from twotower.serving.types import Problem
 
 MAX_ANSWER = 1 << 28  # bytes of an answer
-ROWS_AT_ONCE = 4_096  # rows whose vectors are asked for together
+ROWS_AT_ONCE = 1_024  # rows whose vectors are asked for together, each time within the limit
 PAUSE_SECONDS = 0.2  # between looks while a shard is missing that is needed
+LONG_SECONDS = 10.0  # limit of an answer before the router is ready
 LOOK_SECONDS = 2.0  # limit of a look at a shard, which no request waits for
 MAX_IDLE = 16  # connections that are kept to a shard
 
@@ -150,8 +151,9 @@ class _Shard:
         raise _Failure(why, problem.detail)
 
     def _send_anew(self, path: str, body: bytes | None, last: float) -> _Sent:
-        connection = http.client.HTTPConnection(*self._address, timeout=_left(last))
+        connection = http.client.HTTPConnection(*self._address)
         try:
+            connection.timeout = _left(last)
             connection.connect()
             # A request is small and waited for: the system must not hold it back for more.
             connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -259,13 +261,19 @@ class Router:
         Args:
             call: Function that asks shards.
         """
-        while True:
-            if not self.look():
-                with self.watch() as missed, contextlib.suppress(RequestError):
-                    result = call()
-                    if not missed:
-                        return result
-            time.sleep(PAUSE_SECONDS)
+        seconds = self._seconds
+        # Nobody is answered before it returns, and so nobody waits.
+        self._seconds = max(seconds, LONG_SECONDS)
+        try:
+            while True:
+                if not self.look():
+                    with self.watch() as missed, contextlib.suppress(RequestError):
+                        result = call()
+                        if not missed:
+                            return result
+                time.sleep(PAUSE_SECONDS)
+        finally:
+            self._seconds = seconds
 
     def search(
         self, queries: Sequence[ShardQuery]
