@@ -10,6 +10,7 @@ import pytest
 
 from tests.training.shop import build_trainer, small_config
 from twotower.core.errors import ConfigError
+from twotower.core.mesh import make_mesh
 from twotower.training.loop import fit
 from twotower.training.metrics import read_lines
 from twotower.training.monitoring import heartbeat as heartbeat_module
@@ -20,6 +21,7 @@ from twotower.training.monitoring.phases import PHASES, Phases
 from twotower.training.monitoring.profile import parse_steps
 from twotower.training.monitoring.rates import Rates, find_kind
 from twotower.training.monitoring.report import describe_run
+from twotower.training.monitoring.step_work import with_rates
 from twotower.training.monitoring.stragglers import SILENT, Beat, Watcher, find_slowest
 from twotower.training.planning.costs import Cost
 from twotower.training.planning.peaks import CHIPS
@@ -191,19 +193,21 @@ def test_a_training_keeps_its_goodput_over_restarts_and_a_profile_changes_no_bit
 
         config = small_config(training={"steps": 6, "validate_every": 2, "log_every": 2})
         trainer = build_trainer(prepared, config)
+        monitoring = with_rates(monitoring, trainer, prepared, make_mesh(1))
         with contextlib.suppress(Stopped):
             options = {"validate": None, "on_validation": stop, "monitoring": monitoring}
             fit(trainer, prepared, tmp_path, **options)
         return read_heartbeat(tmp_path)
 
-    first = train(4)
+    first = train(4, Monitoring(kind="h200"))
     assert (first["state"], first["step"], first["starts"]) == ("stopped", 4, 1)
     assert list(first["saves"]) == ["2", "4"]
-    assert 0 < first["goodput"] < 1 and first["rates"] == {}
+    assert 0 < first["goodput"] < 1 and 0 < first["rates"]["mfu"] < 1
     (line,) = [line for line in read_lines(tmp_path) if line["step"] == 4]
     assert line["step_seconds/compute"] > 0 and line["goodput"] > 0
+    assert line["bytes_per_second"] == pytest.approx(line["bandwidth"] * CHIPS["h200"].bandwidth)
     told = "\n".join(describe_run(tmp_path))
-    assert "step 4 of 6" in told and "Goodput" in told and "MFU -" in told
+    assert "step 4 of 6" in told and "Goodput" in told and "MFU 0." in told
     # As a process that was killed between two checkpoints leaves it.
     path = heartbeat_path(tmp_path)
     killed = first | {"state": "training", "time": time.time() - 50}
@@ -211,6 +215,7 @@ def test_a_training_keeps_its_goodput_over_restarts_and_a_profile_changes_no_bit
     path.write_text(json.dumps(killed))
     second = train(0)
     assert (second["state"], second["step"], second["starts"]) == ("ended", 6, 2)
+    assert "MFU -" in "\n".join(describe_run(tmp_path))
     assert 30 <= second["seconds"]["lost"] < 31 and second["seconds"]["away"] >= 50
     losses = [line["loss"] for line in read_lines(tmp_path)]
     # Once more from step 4, with a heartbeat that was damaged.

@@ -48,7 +48,9 @@ def _replaced(value: object, replace: Callable[[str], str]) -> object:
         return [_replaced(each, replace) for each in value]
     if not isinstance(value, str):
         return value
-    name, equals, address = value.rpartition("=")
+    if is_remote(value):
+        return replace(value)
+    name, equals, address = value.partition("=")
     if not is_remote(address):
         return value
     return f"{name}{equals}{replace(address)}"
