@@ -121,8 +121,10 @@ def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
     found = []
     entities = {}
     for key, name in zip(KEYS, ("user_table", "item_table"), strict=True):
+        of_log = pa.chunked_array([ids[key]])
         # Of the rows that are left: an id that only dropped rows have makes no user or item.
-        of_log = pa.chunked_array([_ids_of_log(database, key, ids[key])])
+        if dropped:
+            of_log = pa.chunked_array([_ids_of_log(database, key, ids[key])])
         side = "user" if key == "user_id" else "item"
         entities[key] = collect_entities(by_name.get(name), of_log, side, notes, found)
     check_matches(found, config.data.accept)
