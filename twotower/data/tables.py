@@ -295,7 +295,7 @@ def check_time_range(
             continue
         share = f"{pc.sum(mask).as_py():,} of {len(rows):,}"
         example = f"{format_time(seconds[row].as_py())} ({describe(rows, row)})"
-        cure = _time_cure(seconds, time, now)
+        cure = time_cure(seconds, time, now)
         raise time_out_of_range(finding, share, example, accept, now=now, cure=cure)
 
 
@@ -521,7 +521,7 @@ def _find_time_form(values: pa.ChunkedArray, of_log: TimeForm, field: str) -> Ti
     return form
 
 
-def _time_cure(seconds: pa.ChunkedArray, time: TimeForm, now: float) -> str:
+def time_cure(seconds: pa.ChunkedArray, time: TimeForm, now: float) -> str:
     """Returns the sentence that offers the unit or format by which times are in range."""
     if time.format:
         return ""

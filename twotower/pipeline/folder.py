@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,13 @@ def load(folder: Path, config: Config, encoder: Encoder) -> PreparedData:
 def is_whole(folder: Path) -> bool:
     """Returns whether a folder holds prepared data, or names another one that should."""
     return (folder / MANIFEST).is_file()
+
+
+def is_own(name: str) -> bool:
+    """Returns whether a file or folder of this name is one of those in a folder of data."""
+    tables = "|".join(TABLES)
+    own = rf"\d{{3,}}\.npy|({tables})\.arrow|report\.json|encoder|shards|\..*\.tmp"
+    return re.fullmatch(own, name) is not None
 
 
 def forget(folder: Path) -> None:

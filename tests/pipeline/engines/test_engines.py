@@ -5,7 +5,9 @@ import os
 import re
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from tests.extras import extra
 from twotower.config import from_dict
@@ -231,3 +233,63 @@ def test_memory_is_read_as_people_write_it(place, tmp_path):
     config = config_of(place, CASES["ids alone"])
     with pytest.raises(ConfigError, match="--memory='much' must be a number of bytes"):
         prepare_folder(config, tmp_path / "memory", engine="duckdb", memory="much")
+
+
+def write_parquet(path, **columns):
+    """A log of 200 rows with further columns, or others in the place of its own."""
+    rows = np.arange(200)
+    own = {"time": 1_600_000_000 + 60 * rows, "user_id": rows % 7, "item_id": rows % 11}
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(pa.table(own | columns), path)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("of", pa.array([np.timedelta64(1, "s")] * 200), "'of' .* is of type duration"),
+        ("of", pa.array([["a"]] * 200).cast(pa.list_(pa.dictionary(pa.int32(), "string"))), "'of'"),
+        ("of", pa.array([b"0" * 16] * 200, pa.binary(16)).cast(pa.uuid()), "'of' .*uuid"),
+        ("user_id", np.arange(200) / 1, "'user_id' is double in .*b.parquet, and int64"),
+        ("number", np.arange(200) / 2, "'number' is double in .*b.parquet, and int64"),
+    ],
+)
+def test_types_that_a_database_would_change_are_refused(tmp_path, column, values, words):
+    if column != "of":
+        write_parquet(tmp_path / "log" / "a.parquet", number=[2**53 + 1] * 200)
+    columns = {"number": np.arange(200)} | {column: values}
+    write_parquet(tmp_path / "log" / "b.parquet", **columns)
+    config = config_of(tmp_path, CASES["ids alone"] | {"data": {"path": "log"}})
+    with pytest.raises(ConfigError, match=f"{words}.* --engine=memory"):
+        prepare_folder(config, tmp_path / "types", engine="duckdb")
+
+
+def test_times_may_lie_further_apart_than_a_number_says(tmp_path):
+    rows = np.arange(200)
+    times = np.where(rows % 2, 2**63 - 1 - rows, -(2**63) + rows)
+    write_parquet(tmp_path / "log" / "a.parquet", time=times)
+    data = {"path": "log", "accept": ("old_times", "future_times")}
+    config = config_of(tmp_path, CASES["ids alone"] | {"data": data})
+    for engine in ("memory", "duckdb"):
+        prepare_folder(config, tmp_path / engine, engine=engine)
+    assert content(tmp_path / "memory") == content(tmp_path / "duckdb")
+
+
+@pytest.mark.parametrize("engine", ["memory", "duckdb"])
+def test_times_of_another_unit_are_refused_with_the_unit(tmp_path, engine):
+    write_parquet(tmp_path / "log" / "a.parquet", time=1_600_000_000_123 + np.arange(200))
+    config = config_of(tmp_path, CASES["ids alone"] | {"data": {"path": "log"}})
+    with pytest.raises(ConfigError, match="user_id='0', .*timestamp_unit='ms' .* is 2020-09-13"):
+        prepare_folder(config, tmp_path / engine, engine=engine)
+
+
+@pytest.mark.parametrize("engine", ["memory", "duckdb"])
+def test_a_folder_of_something_else_is_left_as_it_is(place, tmp_path, engine):
+    # As that of a run, which has an encoder of its own.
+    for name in ("encoder/state.json", "config.json", "clicks.arrow"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = content(tmp_path)
+    config = config_of(place, CASES["ids alone"])
+    with pytest.raises(ConfigError, match="holds 'clicks.arrow', which no preparation wrote"):
+        prepare_folder(config, tmp_path, engine=engine, max_bad_rows=1)
+    assert content(tmp_path) == before

@@ -252,8 +252,9 @@ def _begin_of_last(database: Database, column: str, count: int) -> int:
     as the rows are.
     """
     low, high = (x[0] for x in database.columns(f"SELECT min({column}), max({column}) FROM log"))
-    width = int(high - low) // _RANGES + 1
-    number = f"({column} - {low}) // {width}"
+    width = (int(high) - int(low)) // _RANGES + 1
+    # Wider than any true log is: accepted times may lie 2^64 seconds apart.
+    number = f"(({column}::HUGEINT - {low}) // {width})::BIGINT"
     ranges, rows = database.columns(
         f"SELECT {number} AS r, count(*) FROM log GROUP BY r ORDER BY r DESC"
     )

@@ -63,11 +63,28 @@ def prepare_folder(
         if data_folder.is_whole(folder):
             data_folder.check_fits(folder, config)
         else:
+            _refuse_others(folder)
             run(config, folder, size, max_bad_rows)
         if config.training.input == "stream":
             encoder = data_folder.load_encoder(folder)
             write_shards(data_folder.load(folder, config, encoder), folder)
     return DataReport.load(folder)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuses a folder with files that no preparation wrote: a run, say, has an encoder too.
+
+    Raises:
+        ConfigError: There are such files; the message names one.
+    """
+    others = [path.name for path in folder.iterdir() if not data_folder.is_own(path.name)]
+    # Hidden files and what a disk has of itself are nobody's data.
+    others = [name for name in others if not name.startswith(".") and name != "lost+found"]
+    if others:
+        raise ConfigError(
+            f"--data={folder} holds {min(others)!r}, which no preparation wrote: name a folder "
+            "that is new or empty (one in it will do)."
+        )
 
 
 def parse_memory(text: str) -> int:

@@ -233,7 +233,7 @@ class _Reader:
         failed = _first_failed(rows, self._where)
         if not self._rows:
             self._begin(rows)
-        rows = self._as_known(rows)
+        rows = self._as_known(rows, part)
         numbers = pa.array(np.arange(self._rows, self._rows + len(rows)))
         keys = [rows[key] for key in KEYS]
         others = [rows[name] for name in self.columns]
@@ -246,6 +246,15 @@ class _Reader:
         self._rows += len(rows)
 
     def _begin(self, rows: pa.Table) -> None:
+        for field in rows.schema:
+            # UUIDs are known as ids, which become text.
+            kind = field.type.storage_type if _is_uuid_id(field) else field.type
+            if not _is_kept(kind):
+                raise ConfigError(
+                    f"interactions: the column {field.name!r} of {self._files[-1][1]} is of type "
+                    f"{field.type}, which --engine=duckdb does not keep: write it with another "
+                    "type, leave it out, or use --engine=memory."
+                )
         self.schema = rows.schema
         others = [name for name in rows.column_names if name not in KEYS]
         # Names of their own: those of the files may differ by their case alone.
@@ -256,7 +265,7 @@ class _Reader:
                 "--engine=duckdb does not order it: use --engine=memory."
             )
 
-    def _as_known(self, rows: pa.Table) -> pa.Table:
+    def _as_known(self, rows: pa.Table, part: files.Part) -> pa.Table:
         """Returns rows with the columns and types of those before."""
         if rows.schema.equals(self.schema):
             return rows
@@ -270,7 +279,10 @@ class _Reader:
         for name in rows.column_names:
             before = self.schema.field(name).type
             now = rows[name].type
-            if {before, now} != {pa.int64(), pa.float64()} and before != now:
+            # Of text what follows may be no whole number; files of Parquet chose their types.
+            is_number = name == "weight" or (part.kind == "csv" and name not in KEYS)
+            is_joined = is_number and {before, now} == {pa.int64(), pa.float64()}
+            if before != now and not is_joined:
                 raise ConfigError(
                     f"interactions: the column {name!r} is {now} in {self._files[-1][1]}, and "
                     f"{before} in the files before: write it with one type, or use --engine=memory."
@@ -281,7 +293,29 @@ class _Reader:
                 self._database.run(f"ALTER TABLE raw ALTER {column} TYPE DOUBLE")
                 number = self.schema.names.index(name)
                 self.schema = self.schema.set(number, pa.field(name, now))
-        return rows.cast(self.schema)
+        # Large whole numbers are rounded, as they are where all of the column is read at once.
+        return rows.cast(self.schema, safe=False)
+
+
+def _is_uuid_id(field: pa.Field) -> bool:
+    return field.name in KEYS and field.type == pa.uuid()
+
+
+def _is_kept(kind: pa.DataType) -> bool:
+    """Returns whether values of a type come out of the database as they went in."""
+    lost = (
+        pa.types.is_decimal256,
+        pa.types.is_float16,
+        pa.types.is_duration,
+        pa.types.is_interval,
+        lambda kind: isinstance(kind, pa.BaseExtensionType),
+    )
+    if any(is_lost(kind) for is_lost in lost):
+        return False
+    # Those of lists and structs, which are nested to any depth.
+    inner = [kind.field(number).type for number in range(kind.num_fields)]
+    # A dictionary inside of another column does not come back as one.
+    return all(_is_kept(each) and not pa.types.is_dictionary(each) for each in inner)
 
 
 def note_skipped(count: int, rows: int, places: Sequence[str]) -> Dropped:

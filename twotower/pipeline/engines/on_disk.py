@@ -8,7 +8,6 @@ a feature reads (the context of a query) are fitted as a whole.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -154,7 +153,7 @@ def _clear(folder: Path) -> None:
     """Deletes the files that a preparation which was stopped has left."""
     for path in folder.glob("*"):
         # Nothing else: a folder that was named by mistake may hold anything.
-        if re.fullmatch(r"\d{3,}\.npy|\w+\.arrow|report\.json|encoder|\..*\.tmp", path.name):
+        if data_folder.is_own(path.name):
             discard(path)
 
 

@@ -16,7 +16,7 @@ from twotower.data.dataset import Dropped
 from twotower.data.filters import describe_absent_values, no_rows_left
 from twotower.data.interactions import missing_times
 from twotower.data.report import HeldOut
-from twotower.data.tables import time_out_of_range
+from twotower.data.tables import time_cure, time_out_of_range
 from twotower.pipeline.describe import SAMPLE
 from twotower.pipeline.engines.database import Database
 from twotower.pipeline.engines.divide import part_sizes
@@ -147,10 +147,14 @@ def _check_time_range(database: Database, log: Log, accept: Sequence[str]) -> No
             continue
         user, item = _example(database, log, condition)
         sql = f"SELECT {column} FROM log WHERE {condition} ORDER BY position LIMIT 1"
-        moment = format_time(database.value(sql))
-        example = f"{moment} (user {user!r}, item {item!r})"
+        seconds = database.value(sql)
+        moment = format_time(seconds)
+        example = f"{moment} (user_id={user!r}, item_id={item!r}, timestamp={seconds})"
         share = f"{count:,} of {total:,}"
-        raise time_out_of_range(finding, share, example, accept, now=now)
+        # Some of the times tell the unit that all of them have.
+        times = database.table(f"SELECT {column} AS t FROM log ORDER BY position LIMIT {SAMPLE}")
+        cure = time_cure(times["t"], log.dataset.contract.time, now)
+        raise time_out_of_range(finding, share, example, accept, now=now, cure=cure)
 
 
 class SqlNumbers:
