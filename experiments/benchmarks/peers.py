@@ -19,20 +19,14 @@ from typing import Any
 
 from absl import flags
 
+from experiments.benchmarks.environments import python_with
+
 PEERS = flags.DEFINE_string(
     "peers", "", "Folder of the peers' environments; by default one in the user's cache folder."
 )
 CORE = flags.DEFINE_integer("core", -1, "The core that all are pinned to; the last one by default.")
 
 _ROOT = Path(__file__).parents[2]
-# What to install, in order of preference: a build for CPUs alone is found only where an index
-# offers it.
-_PACKAGES = {
-    "torch": (("torch==2.13.0+cpu", "numpy"), ("torch==2.13.0", "numpy")),
-    "tensorflow": (("tensorflow==2.21.0", "tf_keras==2.21.0", "tensorflow-recommenders==0.7.7"),),
-    "rectools": (("rectools==0.19.0",),),
-    "ranx": (("ranx==0.3.21",),),
-}
 # For all that are tuned: glibc otherwise returns buffers to the system and asks for them again at
 # every step, which can double the time of one; and large arrays in huge pages.
 _TUNED = {
@@ -54,31 +48,7 @@ def python_of(peer: str) -> str | None:
     where that cannot be."""
     if peer == "twotower":
         return sys.executable
-    cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    folder = Path(PEERS.value or f"{cache}/twotower/peers").expanduser() / peer
-    python = folder / "bin" / "python"
-    if (folder / "ready").exists():
-        return str(python)
-    print(f"Installing {peer} into {folder}.", flush=True)
-    error = _run(sys.executable, "-m", "venv", str(folder))
-    for packages in _PACKAGES[peer]:
-        error = _run(str(python), "-m", "pip", "install", "--quiet", *packages)
-        if not error:
-            (folder / "ready").touch()
-            return str(python)
-    print(
-        f"Without {peer}, which cannot be installed: {error.strip().splitlines()[-1]}", flush=True
-    )
-    return None
-
-
-def _run(*command: str) -> str:
-    """Returns the error of a contestant; empty if there was none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError as error:
-        return str(error)
-    return "" if done.returncode == 0 else done.stderr or f"exit status {done.returncode}"
+    return python_with(peer, PEERS.value)
 
 
 class Worker:

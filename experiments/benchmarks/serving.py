@@ -10,7 +10,7 @@ The HTTP part is the processor time of the server for a request beyond that of t
 process, on the same core: at most 60 us are promised. Requests a second at saturation are bounded
 by both: 10^6 / (60 + microseconds in process), of which .8 are promised. At 1,000 requests a second
 hey tells the 99th percentile of the latency, and past saturation wrk tells what is refused and how
-long the slowest wait. --peer adds the same retriever behind FastAPI.
+long the slowest wait. --peer adds the same retriever behind FastAPI, in an environment of its own.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from experiments.benchmarks import bundle, floors, harness
+from experiments.benchmarks.environments import python_with
 
 _BUNDLE = flags.DEFINE_string("bundle", "", "Folder of the bundles, made where they are missing.")
 _PEER = flags.DEFINE_bool("peer", False, "Also serve by FastAPI.")
@@ -143,12 +144,12 @@ class Server:
         port: Its port on loopback.
     """
 
-    def __init__(self, command: list[str], port: int):
+    def __init__(self, command: list[str], port: int, environment: Mapping[str, str] = os.environ):
         self.port = port
         core = max(os.sched_getaffinity(0))
         # Of its processor's threads each would spin beside the others.
         pinned = ["taskset", "-c", str(core), *command]
-        self._process = subprocess.Popen(pinned, stdout=subprocess.DEVNULL)
+        self._process = subprocess.Popen(pinned, stdout=subprocess.DEVNULL, env=dict(environment))
         address = f"http://127.0.0.1:{port}/readyz"
         for _ in range(600):
             with contextlib.suppress(OSError):
@@ -238,14 +239,16 @@ def ask_steadily(server: Server, bodies: Path, *, seconds: int) -> float:
 
 
 @contextlib.contextmanager
-def running(command: Callable[[int], list[str]]) -> Iterator[Server]:
+def running(
+    command: Callable[[int], list[str]], environment: Mapping[str, str] = os.environ
+) -> Iterator[Server]:
     """Runs a server on a free port."""
     import socket
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    server = Server(command(port), port)
+    server = Server(command(port), port, environment)
     try:
         yield server
     finally:
@@ -314,7 +317,16 @@ def main(argv: list[str]) -> None:
         if _PEER.value:
             path = Path(temporary) / "peer.py"
             path.write_text(FASTAPI)
-            with running(lambda port: [sys.executable, str(path), str(folder), str(port)]) as peer:
+            python = python_with("fastapi")
+            if python is None:
+                sys.exit("FastAPI cannot be installed.")
+            # Its own environment has FastAPI alone; all else is that of this process.
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+
+            def theirs(port: int) -> list[str]:
+                return [python, str(path), str(folder), str(port)]
+
+            with running(theirs, environment) as peer:
                 figures |= measure(peer, files, inside, "FastAPI")
     harness.write_json("serving", figures, unit="us", base="twotower, a known user")
     shares = {}

@@ -42,6 +42,7 @@ from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, check_size, read_body
 from twotower.serving.metrics import Metrics
 from twotower.serving.monitoring.log import Count, RequestLog
+from twotower.serving.monitoring.served import WAITING
 from twotower.serving.page.files import PageFile, page_files
 from twotower.serving.page.lookups import Lookups
 from twotower.serving.processes.member import Member
@@ -612,6 +613,10 @@ class App(Service):
                 if self.member is None or self.member.is_writer:
                     await self.admin.follow()
                 self.set_gauges()
+                # A part at each look: all that a second brought would keep requests waiting.
+                for answers in self.versions:
+                    if answers.served is not None:
+                        answers.served.count(WAITING // LOOKS)
                 looks += 1
                 if looks % LOOKS == 0:
                     self._tell_figures()

@@ -75,14 +75,22 @@ class Served:
         """
         self._new.append((request, answer))
 
+    def count(self, at_most: int = WAITING) -> None:
+        """Counts lists that were kept.
+
+        Args:
+            at_most: Greatest number of them: each takes some tens of microseconds.
+        """
+        for _ in range(min(at_most, len(self._new))):
+            self._count(*self._new.popleft())
+
     def look(self, num_items: int) -> Figures:
         """Returns the figures of the last lists.
 
         Args:
             num_items: Number of items now.
         """
-        while self._new:
-            self._count(*self._new.popleft())
+        self.count()
         if len(self._lists) < FEWEST:
             return Figures(math.nan, math.nan, math.nan)
         shown = np.sort(np.fromiter(self._counts.values(), np.int64, len(self._counts)))
