@@ -3,6 +3,7 @@
 Nothing that was sent in part is ever taken for whole, and nothing is lost.
 """
 
+import concurrent.futures
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 from tests.buckets import serving, set_addresses
 from twotower.core.errors import BundleError, BusyError, ConfigError, FolderError
-from twotower.core.files import digest
+from twotower.core.files import digest, exclusive
 from twotower.core.remote import mirror
 from twotower.core.remote.copies import fetch_bundle, fetch_tables
 from twotower.core.remote.mirror import MANIFEST, is_copy, pull, push
@@ -66,6 +67,36 @@ def test_addresses_are_told_from_paths_and_unknown_ones_refused():
     assert Bucket(Path(RUN), "--workdir").address == RUN
     with pytest.raises(ConfigError, match="--workdir=hdfs://host/x: addresses begin with gs://"):
         Bucket("hdfs://host/x", "--workdir")
+
+
+@pytest.mark.parametrize("place", ["KEY:hunter2@shop/x", "shop/x?secret_key=hunter2"])
+def test_addresses_with_credentials_are_refused_without_them(place):
+    with pytest.raises(ConfigError, match="--data: the address holds credentials") as refusal:
+        Bucket(f"s3://{place}", "--data")
+    assert "hunter2" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["../../../../x", "a/../../../../../x", "a//x"])
+def test_no_name_of_an_object_leads_out_of_the_copy(server, tmp_path, name):
+    server.objects["shop/log/a.csv"] = (b"a", 1.0)
+    server.objects[f"shop/log/{name}"] = (b"planted", 1.0)
+    server.objects["shop/log/manifest.json"] = (b"{}", 1.0)
+    for take in (lambda x: fetch_tables(x, "path"), fetch_bundle, lambda x: pull(x, "--workdir")):
+        with pytest.raises(ConfigError, match="holds an object '.*x', which no file below"):
+            take("s3://shop/log")
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("x", "a.csv")]
+
+
+def test_processes_that_copy_one_table_together_wait_for_each_other(server, tmp_path):
+    server.objects["shop/log/a.csv"] = (os.urandom(1_000_000), 1.0)
+    copy = Path(fetch_tables("s3://shop/log/a.csv", "path"))
+    copy.unlink()
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        with exclusive(copy.parent, "copy"):
+            waiting = pool.submit(fetch_tables, "s3://shop/log/a.csv", "path")
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.1)
+        assert Path(waiting.result()) == copy and copy.stat().st_size == 1_000_000
 
 
 def write_run(folder, step):

@@ -47,7 +47,7 @@ _DISK_FULL = re.compile(
 
 
 @contextlib.contextmanager
-def exclusive(folder: epath.PathLike, what: str) -> Iterator[None]:
+def exclusive(folder: epath.PathLike, what: str, *, wait: bool = False) -> Iterator[None]:
     """Keeps all others from a folder while the block runs.
 
     The lock is the kernel's, on the file `.lock`, and ends with the process that holds it, however
@@ -57,12 +57,13 @@ def exclusive(folder: epath.PathLike, what: str) -> Iterator[None]:
         folder: Folder to write to; it is made if there is none, and goes again if the block leaves
             nothing in it.
         what: Name of the work, for the refusal of others, such as "train".
+        wait: Whether to wait for another process that works in the folder.
 
     Raises:
         BusyError: Another process works in the folder; the message says which.
     """
     folder = Path(folder)
-    descriptor = _lock(folder)
+    descriptor = _lock(folder, wait)
     try:
         _write_holder(descriptor, what)
         yield
@@ -74,7 +75,7 @@ def exclusive(folder: epath.PathLike, what: str) -> Iterator[None]:
         _close_lock(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, wait: bool) -> int:
     """Returns the descriptor of the lock of a folder, locked."""
     path = folder / LOCK
     while True:
@@ -85,7 +86,7 @@ def _lock(folder: Path) -> int:
             continue
         _held.add(descriptor)
         try:
-            _flock(descriptor, path)
+            _flock(descriptor, path, wait)
             # Of a file that was taken away meanwhile a lock keeps nobody out.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
@@ -101,14 +102,17 @@ def _lock(folder: Path) -> int:
         _close_lock(descriptor)
 
 
-def _flock(descriptor: int, path: Path) -> None:
+def _flock(descriptor: int, path: Path, wait: bool) -> None:
     """Locks a file; only warns where its file system has no locks.
 
     Raises:
         BlockingIOError: Another process has locked it.
     """
+    operation = fcntl.LOCK_EX
+    if not wait:
+        operation |= fcntl.LOCK_NB
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation)
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise

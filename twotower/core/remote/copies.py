@@ -47,7 +47,8 @@ def fetch_tables(address: str, flag: str) -> str:
     if not objects:
         raise ConfigError(f"{flag}={address!r}: there is no such object.")
     folder = cache_folder() / "tables" / copy_name(bucket.address)
-    with exclusive(folder, "copy"):
+    # Processes that begin together want the same copy: the first makes it.
+    with exclusive(folder, "copy", wait=True):
         _update(bucket, objects, folder, pattern)
     if bucket.is_object:
         return str(folder / objects[0].name)
@@ -117,7 +118,7 @@ def fetch_bundle(address: str | os.PathLike[str]) -> Path:
     key = hashlib.sha256(listing.encode()).hexdigest()[:16]
     home = cache_folder() / "bundles" / copy_name(bucket.address)
     target = home / key
-    with exclusive(home, "copy"):
+    with exclusive(home, "copy", wait=True):
         if not target.is_dir():
             _copy_whole(bucket, objects, target)
     return target

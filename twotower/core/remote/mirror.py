@@ -51,7 +51,7 @@ def pull(address: str | os.PathLike[str], flag: str) -> Path:
     """
     bucket = Bucket(address, flag)
     copy = cache_folder() / "folders" / copy_name(bucket.address)
-    with exclusive(copy.with_name(f"{copy.name}.pull"), "pull"):
+    with exclusive(copy.with_name(f"{copy.name}.pull"), "pull", wait=True):
         # Somebody on this machine who works in the copy has the latest.
         with contextlib.suppress(BusyError), exclusive(copy, "pull"):
             _bring(bucket, copy)

@@ -62,6 +62,7 @@ class Bucket:
 
     def __init__(self, address: str | os.PathLike[str], flag: str) -> None:
         scheme, _, rest = str(address).partition(":")
+        _refuse_credentials(scheme, rest, flag)
         slashes = "///" if scheme == "file" else "//"
         text = f"{scheme}:{slashes}{rest.strip('/')}"
         if scheme not in _SCHEMES:
@@ -79,7 +80,11 @@ class Bucket:
         self.is_object = self._system.get_file_info(self._root).type == fs.FileType.File
 
     def list(self) -> list[Object]:
-        """Returns the objects, by name."""
+        """Returns the objects, by name.
+
+        Raises:
+            ConfigError: One has a name that would be that of a file elsewhere.
+        """
         if self.is_object:
             info = self._system.get_file_info(self._root)
             return [self._object(info, self._root.rpartition("/")[2])]
@@ -87,7 +92,14 @@ class Bucket:
         found = []
         for info in self._system.get_file_info(selector):
             if info.type == fs.FileType.File:
-                found.append(self._object(info, info.path[len(self._root) :].lstrip("/")))
+                name = info.path[len(self._root) :].removeprefix("/")
+                # Names come from whoever may write to the bucket, and copies are made by them.
+                if not {"", ".", ".."}.isdisjoint(name.split("/")):
+                    raise ConfigError(
+                        f"{self.address} holds an object {name!r}, which no file below a folder "
+                        "can be: delete it, or name the objects that are meant."
+                    )
+                found.append(self._object(info, name))
         return sorted(found)
 
     def _object(self, info: fs.FileInfo, name: str) -> Object:
@@ -153,6 +165,16 @@ class Bucket:
 
     def _path(self, name: str) -> str:
         return self._root if self.is_object else f"{self._root}/{name}"
+
+
+def _refuse_credentials(scheme: str, rest: str, flag: str) -> None:
+    """Refuses an address with a password, which logs, records and messages would repeat."""
+    user, is_named, _ = rest.strip("/").partition("/")[0].rpartition("@")
+    if scheme != "file" and ((is_named and ":" in user) or "_key=" in rest):
+        raise ConfigError(
+            f"{flag}: the address holds credentials, which would stand in logs and files of the "
+            "run. Leave them out, and give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."
+        )
 
 
 def _copy(
