@@ -11,7 +11,8 @@ The first line of a page may name what its reader has already:
 
     <!-- given: runs/quickstart, events.csv, plots -->
 
-Of these, `redis` is a server at its usual address, and `plots` the extra of this name.
+Of these, `redis` is a server at its usual address, and `plots` and `stream` are extras of
+these names.
 """
 
 from __future__ import annotations

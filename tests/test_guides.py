@@ -29,6 +29,8 @@ from twotower.training import grow, run
 GUIDES = sorted((ROOT / "experiments" / "guides").glob("*.md"))
 PAGES = [ROOT / "README.md", *GUIDES]
 NOTEBOOKS = sorted((ROOT / "experiments" / "examples").glob("*.ipynb"))
+# What a page may begin with that is an extra, and the module that it installs.
+EXTRAS = {"plots": "matplotlib", "stream": "grain"}
 STEPS = 4
 FURTHER_STEPS = 8  # in the place of the 4,000 to which a page goes on with a run
 CHECKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "experiments" / "benchmarks" / "RESULTS.md"]
@@ -153,8 +155,8 @@ def runner(trainings_are_small, own_kinds, tmp_path, request):
         if name == "redis":
             replace["redis://localhost:6379/0"] = request.getfixturevalue("redis_server").url
             continue
-        if name == "plots":
-            extra("matplotlib", "plots")
+        if name in EXTRAS:
+            extra(EXTRAS[name], name)
             continue
         source = request.getfixturevalue("shelf") / name
         if source.is_dir():

@@ -176,6 +176,8 @@ GROUPS += [[pair] for pair in VARIANTS if pair not in OTHERS]
 def test_recipes_train(group, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)  # paths of files count from the project's folder
     config = from_dict(shrunk(*group))
+    if config.training.input == "stream":
+        extra("grain", "stream")
     folder = tmp_path / "run"
     train(config, folder, make_validate=no_validation, make_miner=make_miner, devices=1)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
