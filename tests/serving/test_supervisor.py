@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,36 @@ def test_a_process_that_cannot_start_again_ends_none_that_answer(parent, tmp_pat
 def test_a_mistake_at_the_start_ends_all(parent, tmp_path):
     with pytest.raises(ConfigError, match="before they are ready"):
         parent._replace(tmp_path, 0)
+
+
+def test_a_signal_amid_the_start_ends_the_process_that_is_being_started(tmp_path):
+    parent = Supervisor(lambda _: None, None, 2, 1.0)
+    started = []
+
+    class Process:
+        """A process whose start is interrupted by SIGTERM."""
+
+        pid = 1
+        sentinel = 1
+        is_told = False
+
+        def __init__(self, **_):
+            started.append(self)
+
+        def start(self):
+            parent._end(signal.SIGTERM, None)
+
+        def terminate(self):
+            self.is_told = True
+
+    pipe = SimpleNamespace(close=lambda: None)
+    parent._context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=Process)
+    parent._last = 0.0
+    with pytest.MonkeyPatch.context() as patch:
+        # All of them end as they are told to.
+        patch.setattr(module.connection, "wait", lambda *_, **__: parent._children.clear() or [])
+        parent._supervise(tmp_path)
+    assert [process.is_told for process in started] == [True]
 
 
 def test_a_change_that_comes_to_a_writer_at_its_end_goes_to_the_next_one(retriever, tmp_path):

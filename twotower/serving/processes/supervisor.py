@@ -121,6 +121,9 @@ class Supervisor:
 
     def _supervise(self, folder: Path) -> None:
         for index in range(self._count):
+            # A signal may come while they are started.
+            if self._is_ending:
+                break
             self._start(folder, index, is_early=index == 0)
         while self._children:
             if self._is_ending and time.monotonic() > self._last:
@@ -143,6 +146,9 @@ class Supervisor:
         # Held by the child alone, so that its end is seen on the pipe.
         theirs.close()
         self._children[index] = _Child(process, ours, is_early)
+        # A signal that came meanwhile has told all but this one.
+        if self._is_ending:
+            process.terminate()
 
     def _hear(self, index: int) -> None:
         """Notes that a child is ready, and lets those accept that are."""
