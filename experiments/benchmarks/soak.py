@@ -49,6 +49,7 @@ _PYTHON = (sys.executable, "-m", "tests.training.keep_programs")
 STEPS = 1_500
 # Devices of the processes that go on with one run, one after the other.
 _GROUPS = ((1, 1, 1, 1), (2, 2), (2, 1, 1), (1, 1, 1, 1))
+_FEW = 400  # steps of their run
 _PER_RUN = 10  # faults of a run
 _HEARTBEAT = 10  # seconds of silence after which a process counts as lost
 _LONG_STOP = 60.0
@@ -86,10 +87,16 @@ class Training:
         logs: Folder of what they say.
         devices: Number of devices of each process.
         log_every: Number of steps between two lines of metrics.
+        steps: Number of steps of the whole run.
     """
 
     def __init__(
-        self, workdir: Path, logs: Path, devices: Sequence[int] = (1, 1), log_every: int = 10
+        self,
+        workdir: Path,
+        logs: Path,
+        devices: Sequence[int] = (1, 1),
+        log_every: int = 10,
+        steps: int = STEPS,
     ) -> None:
         self.workdir = workdir
         with socket.socket() as free:
@@ -107,6 +114,7 @@ class Training:
                 f"--workdir={workdir}",
                 f"--coordinator=127.0.0.1:{port}",
                 f"--config.training.log_every={log_every}",
+                f"--config.training.steps={steps}",
                 f"--processes={len(devices)}",
                 f"--process={number}",
                 f"--heartbeat_timeout={_HEARTBEAT}",
@@ -384,15 +392,17 @@ def regroup(scratch: Path, logs: Path) -> None:
         AssertionError: The ends differ.
     """
     whole = scratch / "one"
-    with Training(whole, logs, (4,), log_every=1) as training:
+    with Training(whole, logs, (4,), log_every=1, steps=_FEW) as training:
         assert training.wait() == [0], training.said()
     workdir = scratch / "several"
     for place, devices in enumerate(_GROUPS):
-        with Training(workdir, logs, devices, log_every=1) as training:
+        with Training(workdir, logs, devices, log_every=1, steps=_FEW) as training:
             if place < len(_GROUPS) - 1:
-                training.wait_for_step(STEPS * (place + 1) // len(_GROUPS))
+                training.wait_for_step(_FEW * (place + 1) // len(_GROUPS))
                 training.processes[-1].terminate()
             statuses = training.wait()
+            expected = os.EX_TEMPFAIL if place < len(_GROUPS) - 1 else 0
+            assert set(statuses) == {expected}, training.said()
             print(f"{len(devices)} processes: {statuses}, {saved_steps(workdir)[-1]}", flush=True)
     losses = []
     for path in (whole, workdir):

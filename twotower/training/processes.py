@@ -12,8 +12,11 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower.core.errors import ConfigError
 
@@ -80,6 +83,19 @@ def is_one_of_several() -> bool:
 def is_first() -> bool:
     """Returns whether this process is the one that the others depend on."""
     return jax.process_index() == 0
+
+
+def wait_for_all() -> None:
+    """Waits until all processes have come here.
+
+    They may have different numbers of devices, unlike those of
+    `multihost_utils.sync_global_devices`.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    sharding = NamedSharding(mesh, PartitionSpec("all"))
+    one = np.ones(1, np.int32)
+    ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: one)
+    jax.block_until_ready(jax.jit(jnp.sum)(ones))
 
 
 def is_lost_process(error: Exception) -> bool:

@@ -31,8 +31,10 @@ from twotower.training.processes import is_lost_process
 
 # Seconds between two beats.
 PERIOD = 2.0
-# Beats between two looks at the other processes.
-_LOOK = 15
+# Beats between two looks at the other processes, of which a look reads a file each: one beat more
+# for every twenty processes.
+_LOOK = 3
+_PROCESSES_PER_BEAT = 20
 
 
 def heartbeat_path(workdir: Path, process: int = 0) -> Path:
@@ -74,6 +76,7 @@ class Heartbeat:
         self._steps = steps
         self._process = jax.process_index()
         self._processes = jax.process_count()
+        self._look_every = max(_LOOK, self._processes // _PROCESSES_PER_BEAT)
         self._host = socket.gethostname()
         self._ledger = _open_ledger(workdir, start, self._process)
         # Replaced whole, since another thread reads it.
@@ -138,7 +141,7 @@ class Heartbeat:
                 return
             self._beats += 1
             # One process looks at all: a warning from each of thousands would bury it.
-            if self._processes > 1 and self._process == 0 and not self._beats % _LOOK:
+            if self._processes > 1 and self._process == 0 and not self._beats % self._look_every:
                 self._look()
             self._wake.wait(PERIOD)
             self._wake.clear()

@@ -7,8 +7,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Seconds without a beat after which a process is called silent.
-SILENT = 15.0
+# Seconds without a beat after which a process is called silent: before JAX counts it as
+# lost, by default after twenty.
+SILENT = 8.0
 # A process stands out whose work on a step takes so many times that of the median process, and
 # such a share of the step.
 _TIMES = 1.5
