@@ -34,6 +34,13 @@ async def usual(scope, receive, send):
     await send({"type": "http.response.body", "body": text})
 
 
+class Broken:
+    """Fails in a way that no endpoint foresees."""
+
+    def reply(self, headers, body):
+        raise ValueError("a defect")
+
+
 class Transport(asyncio.Transport):
     """Keeps what is written."""
 
@@ -60,7 +67,7 @@ class Transport(asyncio.Transport):
 
 
 class Connection(DirectProtocol):
-    direct = {PATH: Endpoint()}
+    direct = {PATH: Endpoint(), b"/broken": Broken()}
     idle_seconds = 60.0
     ended = 0
     end = []
@@ -197,3 +204,31 @@ def test_a_connection_without_a_request_is_closed_after_its_time():
             return early, transport.is_closed
 
     assert asyncio.run(ask()) == (False, True)
+
+
+def test_a_defect_ends_the_connection_whose_client_would_wait_for_good():
+    async def ask():
+        loop = asyncio.get_running_loop()
+        told = []
+        loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+        with connected(loop) as (protocol, transport):
+            protocol.data_received(post(b"/broken", b"x"))
+            await turns()
+            return told, transport.is_closed, protocol.ended
+
+    assert asyncio.run(ask()) == (["a defect"], True, 1)
+
+
+def test_a_client_that_takes_no_answers_gets_no_more_of_them():
+    async def ask():
+        with connected(asyncio.get_running_loop()) as (protocol, transport):
+            protocol.pause_writing()
+            for _ in range(3):
+                protocol.data_received(post(PATH, b"x"))
+                await turns()
+            before = transport.written
+            protocol.resume_writing()
+            await turns()
+            return before, bodies(transport.written)
+
+    assert asyncio.run(ask()) == (b"", [b"usual x"] * 3)

@@ -1,7 +1,10 @@
 """What was shown: written beside the requests, joined with what came of it."""
 
 import asyncio
+import concurrent.futures
+import contextlib
 import dataclasses
+import threading
 
 import numpy as np
 import pyarrow as pa
@@ -49,6 +52,31 @@ def test_every_item_that_is_shown_is_a_row(retriever, tmp_path, log):
         assert row["propensity"] == pytest.approx(item.get("propensity", 1.0))
         assert row["best"] == item.get("best", True)
     assert rows[-1]["user_id"] is None and rows[-1]["source"] == "popular"
+
+
+def test_two_users_who_are_erased_at_once_both_stay_away(log):
+    for user in ("u1", "u2", "u3"):
+        log.add(user, str, 0, answer(1))
+    log.flush()
+    has_read = threading.Barrier(2)
+    read_file = pq.ParquetFile
+
+    class Slow:
+        """A file that is read by two, where two may read at once, before either writes."""
+
+        def __init__(self, path):
+            self.file = read_file(path)
+
+        def read(self, columns=None):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                has_read.wait(0.05)
+            return self.file.read(columns)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log_module.pq, "ParquetFile", Slow)
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            assert list(pool.map(log.erase, ("u1", "u2"))) == [3, 3]
+    assert set(read_impressions(log.folder)["user_id"].to_pylist()) == {"u3"}
 
 
 def test_a_user_who_is_erased_leaves_nothing_behind(retriever, tmp_path, log):

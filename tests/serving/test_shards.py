@@ -182,6 +182,45 @@ def test_a_shard_that_is_silent_wrong_or_gone_is_missing_until_it_is_found_again
     assert router.look() == [0, 1]
 
 
+@pytest.mark.parametrize(
+    ("scores", "rows"),
+    [
+        (b"12345", b"1"),
+        (np.float32([2, 1]), np.int32([3])),
+        (np.float32([2, np.nan]), np.int32([3, 0])),
+        (np.float32([2, 1]), np.int32([4, 0])),
+        (np.float32([2, 1]), np.int32([-2, 0])),
+    ],
+    ids=["bytes", "lengths", "nan", "beyond", "negative"],
+)
+def test_a_shard_whose_lists_are_none_is_left_out(stub, scores, rows):
+    router = Router([f"http://127.0.0.1:{stub.server_port}"], seconds=5)
+    router.expect("v", 1)
+    router.look()
+    stub.answers["/v1/shard/search"] = 200, types.FoundItems(bytes(scores), bytes(rows))
+    with pytest.raises(RequestError, match="missing: 0"):
+        search(router)
+    assert router.missing == [0]
+
+
+def test_vectors_that_are_not_those_asked_for_are_no_answer(stub):
+    router = Router([f"http://127.0.0.1:{stub.server_port}"], seconds=5)
+    router.expect("v", 1)
+    router.look()
+    sent = np.ones((2, 2), np.float32)
+    stub.answers["/v1/shard/vectors"] = 200, types.FoundVectors(sent.tobytes())
+    np.testing.assert_array_equal(router.vectors([np.array([0, 3])])[0], sent)
+    with pytest.raises(RequestError, match="missing: 0"):
+        router.vectors([np.array([0, 1, 3])])
+
+
+@pytest.mark.parametrize("token", ["a secret of shards\n", "ein Schlüssel hier"])
+def test_a_token_that_cannot_be_sent_is_refused_and_not_shown(token):
+    with pytest.raises(ConfigError, match="^TWOTOWER_SHARD_TOKEN has") as refusal:
+        Router(["http://127.0.0.1:9"], seconds=1, token=token)
+    assert token.strip() not in str(refusal.value)
+
+
 def test_an_answer_that_comes_when_the_time_is_up_is_late(stub):
     router = Router([f"http://127.0.0.1:{stub.server_port}"], seconds=1e-9)
     router.expect("v", 1)

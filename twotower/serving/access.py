@@ -67,6 +67,12 @@ class Access:
                         f"--tokens: a token of {name!r} is shorter than {MIN_LETTERS} letters. "
                         "Make one by: openssl rand -hex 32"
                     )
+                # Often the end of the line in the file of a secret; no request could send it.
+                if token != token.strip() or not token.isprintable():
+                    raise ConfigError(
+                        f"--tokens: a token of {name!r} has a line break or a space at an end, "
+                        "which no header carries. Take it away."
+                    )
                 self._rights.append((_digest(token.encode()), _NAMES[name]))
         self._set = {right for _, right in self._rights}
 
@@ -179,7 +185,7 @@ class Hosts:
         Args:
             names: Names or addresses without a port; "*" for any.
         """
-        self._names = {name.lower().encode() for name in names}
+        self._names = {name.strip("[]").lower().encode() for name in names}
         self._takes_any = b"*" in self._names
 
     @classmethod

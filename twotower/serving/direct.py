@@ -107,6 +107,9 @@ class DirectProtocol(HttpToolsProtocol):
         # it.
         if parser is None or not self.is_free or self.expect_100_continue or self.closing:
             return False
+        # A client that takes no answers is made to wait: those it goes on to ask for would pile up.
+        if self.flow.write_paused:
+            return False
         is_post = parser.get_method() == b"POST" and parser.get_http_version() == "1.1"
         return is_post and parser.should_keep_alive() and not parser.should_upgrade()
 
@@ -161,6 +164,10 @@ class DirectProtocol(HttpToolsProtocol):
                 self.transport.close()
                 return
             self._rest()
+        except BaseException:
+            # Without an answer its client would wait for good. The loop logs the error.
+            self.transport.close()
+            raise
         finally:
             self.on_direct_end()
 

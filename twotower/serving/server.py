@@ -349,6 +349,9 @@ class _Protocol(DirectProtocol):
             # The parser of httptools ends a connection by an exception; `send_400_response` then
             # sends the refusal.
             raise ValueError("the head is too long")
+        # Fields behind a body in chunks are no headers: a proxy in front has not looked at them.
+        if not self._is_in_head:
+            return
         super().on_header(name, value)
         if self.hosts is None or self.headers[-1][0] != b"host":
             return

@@ -88,6 +88,7 @@ class ImpressionLog:
         self._is_closed = threading.Event()
         # For the rows, which the thread makes and an erasure looks through.
         self._lock = threading.Lock()
+        self._erasing = threading.Lock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Found at the start: the thread that writes could only count what is lost.
@@ -134,10 +135,13 @@ class ImpressionLog:
         """
         self.flush()
         count = 0
-        for path in sorted(self.folder.glob(PATTERN)):
-            # Another process may make room meanwhile.
-            with contextlib.suppress(FileNotFoundError):
-                count += _erase(path, user_id)
+        # One after another: of two that write a file anew, the later one would bring the rows of
+        # the other's user back.
+        with self._erasing:
+            for path in sorted(self.folder.glob(PATTERN)):
+                # Another process may make room meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    count += _erase(path, user_id)
         return count
 
     def close(self) -> None:

@@ -35,7 +35,6 @@ LOOK_SECONDS = 2.0  # limit of a look at a shard, which no request waits for
 MAX_IDLE = 16  # connections that are kept to a shard
 
 Why = Literal["refused", "late", "version", "error"]
-T = TypeVar("T", bound=msgspec.Struct)
 R = TypeVar("R")
 # Shards that did not answer while one request was answered.
 _missed: contextvars.ContextVar[set[int] | None] = contextvars.ContextVar("missed", default=None)
@@ -72,6 +71,7 @@ class _Shard:
         number: Number of the shard.
         url: Its URL.
         reason: Why it is not asked; "" of one that is.
+        items: Number of its items, as the last look found it.
     """
 
     def __init__(self, number: int, url: str, token: str):
@@ -88,8 +88,15 @@ class _Shard:
         self.url = url
         # Missing until a look has found the right version: no answer is made of another one.
         self.reason = "it was not asked yet"
+        self.items = 0
         self._address = parts.hostname, port
         self._headers = {"content-type": "application/json"}
+        # Found here: the library's own refusal would show the token in the log.
+        if not (token.isascii() and token.isprintable()) or token != token.strip():
+            raise ConfigError(
+                "TWOTOWER_SHARD_TOKEN has a line break, a space at an end or other letters that no "
+                "header carries. Take them away."
+            )
         if token:
             self._headers["authorization"] = f"Bearer {token}"
         self._idle: list[http.client.HTTPConnection] = []
@@ -180,12 +187,15 @@ class _Shard:
         parts = []
         size = 0
         # The limit holds for the whole, and not for each part.
-        while part := response.read1(1 << 20):
+        while True:
+            sock.settimeout(_left(last))
+            part = response.read1(1 << 20)
+            if not part:
+                break
             size += len(part)
             if size > MAX_ANSWER:
                 raise ValueError(f"it has more than {MAX_ANSWER:,} bytes")
             parts.append(part)
-            sock.settimeout(_left(last))
         # Bytes that were announced and did not come: half a list would be read as a whole one.
         if response.length:
             raise ConnectionError("its answer ends too early")
@@ -286,12 +296,16 @@ class Router:
         bodies = []
         for query in queries:
             bodies.append(types.encode(types.write_query(self._version, query), query.where))
-        found = self._ask("/v1/shard/search", bodies, types.FoundItems)
+        count = len(queries[0].queries)
+        found = self._ask(
+            "/v1/shard/search",
+            bodies,
+            lambda answer, shard: types.read_lists(answer, count, shard.items),
+        )
         # One that answers is enough: a list of most of the items is better than none, and says so.
         if all(answer is None for answer in found):
             raise self._refusal(self._shards)
-        count = len(queries[0].queries)
-        return [None if answer is None else types.read_lists(answer, count) for answer in found]
+        return found
 
     def vectors(self, rows: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
         """Returns the vectors of rows of each shard; see `Shards`.
@@ -306,7 +320,14 @@ class Router:
             for own in asked:
                 sent = types.GetVectors(version=self._version, rows=own.astype(types.ROW).tobytes())
                 bodies.append(types.encode(sent) if len(own) else None)
-            found = self._ask("/v1/shard/vectors", bodies, types.FoundVectors)
+            counts = list(map(len, asked))
+            found = self._ask(
+                "/v1/shard/vectors",
+                bodies,
+                lambda answer, shard, counts=counts: types.read_vectors(
+                    answer, counts[shard.number]
+                ),
+            )
             silent = []
             for shard, own, answer in zip(self._shards, asked, found, strict=True):
                 if not len(own):
@@ -314,8 +335,7 @@ class Router:
                 if answer is None:
                     silent.append(shard)
                     continue
-                vectors = np.frombuffer(answer.vectors, types.VECTOR)
-                parts[shard.number].append(vectors.reshape(len(own), -1))
+                parts[shard.number].append(answer)
             # Zeros in their place would be an answer that is wrong.
             if silent:
                 raise self._refusal(silent)
@@ -353,15 +373,21 @@ class Router:
         # them too.
         if (info.shard, info.shards) != (shard.number, len(self)):
             return f"it is shard {info.shard} of {info.shards}, counted from 0"
+        shard.items = info.items
         return ""
 
-    def _ask(self, path: str, bodies: Sequence[bytes | None], answer: type[T]) -> list[T | None]:
+    def _ask(
+        self,
+        path: str,
+        bodies: Sequence[bytes | None],
+        read: Callable[[bytes, _Shard], R],
+    ) -> list[R | None]:
         """Returns the answers of the shards that are asked and answer in time.
 
         Args:
             path: Path.
             bodies: Body for each shard; None for one that is not asked.
-            answer: Type of the answers.
+            read: Function that reads the answer of a shard, or raises ValueError.
         """
         # One limit for all shards together, since they work at the same time.
         last = time.monotonic() + self._seconds
@@ -375,12 +401,12 @@ class Router:
                 continue
             with self._noting(shard):
                 sent[shard.number] = shard.send(path, body, last)
-        answers: list[T | None] = [None] * len(self)
+        answers: list[R | None] = [None] * len(self)
         for number, request in sent.items():
             shard = self._shards[number]
             with self._noting(shard):
                 received = shard.receive(request, path, bodies[number], last)
-                answers[number] = msgspec.json.decode(received, type=answer)
+                answers[number] = read(received, shard)
         return answers
 
     @contextlib.contextmanager
@@ -388,7 +414,10 @@ class Router:
         """Notes that a shard is missing where the block cannot ask it."""
         try:
             yield
-        except (_Failure, msgspec.DecodeError) as error:
+        # What is wrong with a request says nothing of the shard; the class is a ValueError too.
+        except ConfigError:
+            raise
+        except (_Failure, ValueError) as error:
             # Left out from now on, until a look finds it again: the limit is paid once.
             shard.reason = str(error).rstrip(".")
             _miss(shard)

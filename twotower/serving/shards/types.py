@@ -173,15 +173,40 @@ def read_rows(sent: GetVectors, size: int) -> np.ndarray:
     return rows
 
 
-def read_lists(found: FoundItems, count: int) -> tuple[np.ndarray, np.ndarray]:
+def read_lists(answer: bytes, count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the lists of an answer: scores float32 [B, L] and rows int32 [B, L].
 
     Args:
-        found: Answer of a shard.
+        answer: Answer of a shard.
         count: Number of queries, B.
+        size: Number of the shard's items.
+
+    Raises:
+        ValueError: They are no lists of its items.
     """
+    found = msgspec.json.decode(answer, type=FoundItems)
     scores = np.frombuffer(found.scores, VECTOR).reshape(count, -1)
-    return scores, np.frombuffer(found.rows, ROW).reshape(scores.shape)
+    rows = np.frombuffer(found.rows, ROW).reshape(scores.shape)
+    if np.isnan(scores).any():
+        raise ValueError("it has scores that are no numbers")
+    # Other rows would be items of another shard, or of none.
+    if rows.size and not -1 <= rows.min() <= rows.max() < size:
+        raise ValueError(f"it has rows that {size} items do not have")
+    return scores, rows
+
+
+def read_vectors(answer: bytes, count: int) -> np.ndarray:
+    """Returns the vectors of an answer, float32 [M, D].
+
+    Args:
+        answer: Answer of a shard.
+        count: Number of rows that were asked for, M >= 1.
+
+    Raises:
+        ValueError: They are not so many.
+    """
+    found = msgspec.json.decode(answer, type=FoundVectors)
+    return np.frombuffer(found.vectors, VECTOR).reshape(count, -1)
 
 
 def _rows(sent: bytes, size: int, field: str) -> np.ndarray:
