@@ -14,7 +14,7 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.sources import delimited
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.engines import arrays, database, on_disk
+from twotower.pipeline.engines import arrays, database, on_disk, unfinished
 from twotower.pipeline.engines.engine import parse_memory, prepare_folder
 
 extra("duckdb", "duckdb")
@@ -162,12 +162,13 @@ def test_what_was_stopped_begins_anew(place, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         # The last step before the manifest.
         patched.setattr(on_disk.data_folder, "finish", _stop)
+        # A kill clears nothing.
+        patched.setattr(unfinished, "discard", lambda path: None)
         with pytest.raises(KeyboardInterrupt):
             prepare_folder(config, folder, **options)
     assert not data_folder.is_whole(folder) and (folder / "train.arrow").exists()
     # As of another configuration, whose arrays are more.
     (folder / "099.npy").write_bytes(b"half")
-    (folder / on_disk.SCRATCH).mkdir()
     prepare_folder(config, folder, **options)
     prepare_folder(config, tmp_path / "whole", **options)
     assert content(folder) == content(tmp_path / "whole")
@@ -192,7 +193,8 @@ def test_a_full_disk_is_told_in_one_line(place, tmp_path, monkeypatch):
     config = config_of(place, CASES["ids alone"])
     with pytest.raises(OSError, match="the disk is full. Make room. .*begins anew"):
         prepare_folder(config, tmp_path / "full", engine="duckdb", max_bad_rows=1)
-    assert not data_folder.is_whole(tmp_path / "full")
+    # What had been written is gone: there is room again.
+    assert not (tmp_path / "full").exists()
 
 
 @pytest.mark.parametrize("engine", ["memory", "duckdb"])
@@ -283,13 +285,14 @@ def test_times_of_another_unit_are_refused_with_the_unit(tmp_path, engine):
 
 
 @pytest.mark.parametrize("engine", ["memory", "duckdb"])
-def test_a_folder_of_something_else_is_left_as_it_is(place, tmp_path, engine):
-    # As that of a run, which has an encoder of its own.
-    for name in ("encoder/state.json", "config.json", "clicks.arrow"):
+@pytest.mark.parametrize("names", ["encoder/state.json config.json", "items.arrow"])
+def test_a_folder_of_something_else_is_left_as_it_is(place, tmp_path, engine, names):
+    # As that of a run, which has an encoder of its own, or of tables with such names.
+    for name in names.split():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     before = content(tmp_path)
     config = config_of(place, CASES["ids alone"])
-    with pytest.raises(ConfigError, match="holds 'clicks.arrow', which no preparation wrote"):
+    with pytest.raises(ConfigError, match="holds '(config|items).*', which no preparation wrote"):
         prepare_folder(config, tmp_path, engine=engine, max_bad_rows=1)
     assert content(tmp_path) == before

@@ -17,6 +17,7 @@ from twotower.data.report import DataReport
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
 from twotower.pipeline.engines.on_disk import prepare_on_disk
+from twotower.pipeline.engines.unfinished import preparing
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.streaming.prepared import write_shards
 
@@ -51,7 +52,7 @@ def prepare_folder(
     Raises:
         BusyError: Another process prepares the folder.
         ConfigError: The data or an option cannot be used, or the folder holds the data of another
-            configuration.
+            configuration, or other files.
         OSError: The disk is full.
     """
     # Both before the folder is locked: a mistake should leave no folder behind.
@@ -63,28 +64,12 @@ def prepare_folder(
         if data_folder.is_whole(folder):
             data_folder.check_fits(folder, config)
         else:
-            _refuse_others(folder)
-            run(config, folder, size, max_bad_rows)
+            with preparing(folder):
+                run(config, folder, size, max_bad_rows)
         if config.training.input == "stream":
             encoder = data_folder.load_encoder(folder)
             write_shards(data_folder.load(folder, config, encoder), folder)
     return DataReport.load(folder)
-
-
-def _refuse_others(folder: Path) -> None:
-    """Refuses a folder with files that no preparation wrote: a run, say, has an encoder too.
-
-    Raises:
-        ConfigError: There are such files; the message names one.
-    """
-    others = [path.name for path in folder.iterdir() if not data_folder.is_own(path.name)]
-    # Hidden files and what a disk has of itself are nobody's data.
-    others = [name for name in others if not name.startswith(".") and name != "lost+found"]
-    if others:
-        raise ConfigError(
-            f"--data={folder} holds {min(others)!r}, which no preparation wrote: name a folder "
-            "that is new or empty (one in it will do)."
-        )
 
 
 def parse_memory(text: str) -> int:

@@ -20,7 +20,6 @@ from twotower.core.arrays import index_type
 from twotower.core.codes import codes_and_values, positions
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.core.files import discard
 from twotower.core.progress import progress
 from twotower.data.interactions import PARTS
 from twotower.data.sources.load import describes_items
@@ -44,6 +43,7 @@ from twotower.pipeline.engines.events import (
 )
 from twotower.pipeline.engines.log import PARQUET, Log, read_log
 from twotower.pipeline.engines.rows import SqlNumbers, filter_log
+from twotower.pipeline.engines.unfinished import SCRATCH
 from twotower.pipeline.event_weights import (
     check_any_weight,
     check_event_weights,
@@ -55,8 +55,6 @@ from twotower.pipeline.prepare import columns_of_users, encode_rows
 
 # Names of the source whose files are text.
 _TEXT = ("csv", "tsv", "text", "file")
-# Folder inside the prepared one for what is on the disk meanwhile.
-SCRATCH = ".preparing"
 
 
 def prepare_on_disk(
@@ -66,7 +64,7 @@ def prepare_on_disk(
 
     Args:
         config: Configuration whose data, split, features and labels are prepared.
-        folder: Folder to write to, which is not whole.
+        folder: Folder to write to, with the folder `SCRATCH` in it.
         memory: Memory in bytes that the process keeps to, as long as users and items leave room.
         max_bad_rows: Number of rows with other fields than the header that may be left out; None
             for what `bad_rows` of the tables says.
@@ -78,17 +76,10 @@ def prepare_on_disk(
     spec = with_event_weights(load_spec(config.features), config)
     # Before the first row is read: a log that needs this engine is read for hours.
     _check_supported(config, spec)
-    scratch = folder / SCRATCH
-    discard(scratch)
-    _clear(folder)
-    scratch.mkdir(parents=True)
-    try:
-        with open_database(scratch, memory) as database:
-            # Closed in between: its memory goes back before arrays are written.
-            parts = _read(database, config, spec, folder, max_bad_rows)
-        _encode(parts, config, spec, folder, scratch, memory)
-    finally:
-        discard(scratch)
+    with open_database(folder / SCRATCH, memory) as database:
+        # Closed in between: its memory goes back before arrays are written.
+        parts = _read(database, config, spec, folder, max_bad_rows)
+    _encode(parts, config, spec, folder, memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,14 +138,6 @@ def _check_supported(config: Config, spec: FeatureSpec) -> None:
             raise ConfigError(
                 f"config.{words} is not done by --engine=duckdb: use --engine=memory."
             )
-
-
-def _clear(folder: Path) -> None:
-    """Deletes the files that a preparation which was stopped has left."""
-    for path in folder.glob("*"):
-        # Nothing else: a folder that was named by mistake may hold anything.
-        if data_folder.is_own(path.name):
-            discard(path)
 
 
 def _read(
@@ -259,7 +242,6 @@ def _encode(
     config: Config,
     spec: FeatureSpec,
     folder: Path,
-    scratch: Path,
     memory: int,
 ) -> None:
     """Fits the encoder to the training rows of the folder, and writes its arrays."""
@@ -289,10 +271,10 @@ def _encode(
     for side, arrays in features.items():
         for name, values in arrays.items():
             files["features"][side][name].append(values)
-    with open_database(scratch, memory) as database:
+    with open_database(folder / SCRATCH, memory) as database:
         _write_rows(database, parts, config, encoder, files, folder)
         if encoder.spec.history is not None:
-            _write_events(database, parts, encoder, files["histories"], scratch)
+            _write_events(database, parts, encoder, files["histories"], folder / SCRATCH)
     for file in _files(files):
         file.close()
     data_folder.finish(
