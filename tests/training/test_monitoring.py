@@ -236,3 +236,43 @@ def test_a_heartbeat_that_cannot_be_written_ends_no_training(tmp_path, monkeypat
         heartbeat.note_save(1)
     (words,) = [words for words, *_ in said if "cannot be written" in words]
     assert words.startswith("The heartbeat")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"time": None}, {"time": "now"}, {"time": float("nan")}, {"steps": None}, {"beat": 1e300}],
+)
+def test_a_damaged_heartbeat_is_none_and_never_ends_a_training(tmp_path, damage):
+    beat = {name: 1 for name in ("beat", "step", "steps", "process", "processes")}
+    content = beat | {"time": time.time(), "step_seconds": {}, "host": "", "pid": 1}
+    content |= begin(time.time() - 50).plus({"compute": 50.0}).to_json()
+    heartbeat_path(tmp_path).write_text(json.dumps(content))
+    assert Heartbeat(tmp_path, Phases(), start=0, steps=9).ledger.starts == 2
+    heartbeat_path(tmp_path).write_text(json.dumps(content | damage))
+    assert Heartbeat(tmp_path, Phases(), start=0, steps=9).ledger.starts == 1
+    assert "without a heartbeat" in next(describe_run(tmp_path))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, "1"])
+def test_a_ledger_of_no_time_is_none(value):
+    content = begin(1000.0).plus({"compute": 36.0}).saved(3).to_json()
+    assert read_ledger(content | {"begun": value}) is None
+    assert read_ledger(content | {"seconds": content["seconds"] | {"input": value}}) is None
+    assert read_ledger(content | {"saves": {"3": {"input": 1.0, "compute": value}}}) is None
+
+
+def test_the_time_of_a_step_that_never_ended_is_counted(tmp_path, monkeypatch):
+    clock = Clock()
+    # All clocks alike: those of the machine, and that of the phases.
+    monkeypatch.setattr(heartbeat_module.time, "time", lambda: 5000.0 + clock.now)
+    monkeypatch.setattr(heartbeat_module.time, "monotonic", clock)
+    first = Heartbeat(tmp_path, Phases(clock), start=0, steps=9)
+    clock.now = 30.0
+    first.note(2)
+    # A step that hangs: its heartbeat goes on until the process is killed.
+    clock.now = 630.0
+    first._write()
+    clock.now = 640.0
+    second = Heartbeat(tmp_path, Phases(clock), start=0, steps=9)
+    assert second.ledger.total == pytest.approx(640.0)
+    assert second.ledger.seconds["away"] == pytest.approx(610.0)

@@ -6,10 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from twotower.core.errors import FolderError
 from twotower.training.monitoring.phases import PHASES, PRODUCTIVE
 
 # Saves whose time is remembered, which a run may go back to.
 _SAVES = 100
+# More than any second or step; Python's dates end there.
+_MOST = 2.0**37
 # lost: steps that were computed again, as no checkpoint had them; away: from the last sign of a
 # process to the next start of training.
 SPENT = (*PHASES, "lost", "away")
@@ -97,14 +100,31 @@ def begin(now: float) -> Ledger:
 def read_ledger(content: Mapping[str, Any]) -> Ledger | None:
     """Returns the ledger in the content of a file; None where it holds none that can be read."""
     try:
-        seconds = {name: float(content["seconds"].get(name, 0.0)) for name in SPENT}
+        seconds = {name: check_number(content["seconds"].get(name, 0.0), name) for name in SPENT}
         saves = {}
         for step, saved in content["saves"].items():
-            saves[int(step)] = {name: float(saved[name]) for name in PRODUCTIVE}
-        return Ledger(float(content["begun"]), int(content["starts"]), seconds, saves)
+            saves[int(step)] = {name: check_number(saved[name], name) for name in PRODUCTIVE}
+        begun = check_number(content["begun"], "begun")
+        return Ledger(begun, int(content["starts"]), seconds, saves)
     # A file that a person has edited, or another version has written, must not end a training.
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, FolderError, KeyError, TypeError, ValueError):
         return None
+
+
+def check_number(value: Any, name: str) -> float:
+    """Returns a number of a file that may be damaged.
+
+    Args:
+        value: Value that the file has.
+        name: Name of the value, for the refusal.
+
+    Raises:
+        FolderError: It is no number from 0 up to the seconds of some thousand years.
+    """
+    # NaN is not within any bounds; one of them in a sum would be there for ever.
+    if not isinstance(value, (int, float)) or not 0 <= value < _MOST:
+        raise FolderError(f"{name} is {value!r}.")
+    return float(value)
 
 
 def format_ledger(ledger: Ledger) -> str:

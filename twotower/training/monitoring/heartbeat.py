@@ -25,6 +25,7 @@ from absl import logging
 from twotower.core.errors import FolderError
 from twotower.core.files import atomic, read_json
 from twotower.training.monitoring import goodput
+from twotower.training.monitoring.goodput import check_number
 from twotower.training.monitoring.phases import PRODUCTIVE, Phases
 from twotower.training.monitoring.stragglers import Beat, Watcher, parse_beat
 from twotower.training.processes import is_lost_process
@@ -35,6 +36,8 @@ PERIOD = 2.0
 # for every twenty processes.
 _LOOK = 3
 _PROCESSES_PER_BEAT = 20
+# What every heartbeat says of its process in numbers.
+_NUMBERS = ("time", "beat", "step", "steps", "process", "processes")
 
 
 def heartbeat_path(workdir: Path, process: int = 0) -> Path:
@@ -52,7 +55,10 @@ def read_heartbeat(workdir: Path, process: int = 0) -> dict[str, Any]:
     """Returns the content of a heartbeat; {} where there is none that can be read."""
     path = heartbeat_path(workdir, process)
     try:
-        return read_json(path)
+        content = read_json(path)
+        for name in _NUMBERS:
+            check_number(content.get(name), f"{path} is corrupt: {name!r}")
+        return content
     except FileNotFoundError:
         return {}
     except (FolderError, OSError) as error:
@@ -81,6 +87,7 @@ class Heartbeat:
         self._ledger = _open_ledger(workdir, start, self._process)
         # Replaced whole, since another thread reads it.
         self._now = (start, phases.seconds())
+        self._noted = time.monotonic()
         self._rates: Mapping[str, float] = {}
         self._state = "training"
         self._beats = 0
@@ -106,7 +113,7 @@ class Heartbeat:
         if isinstance(error, Exception) and is_lost_process(error):
             self._name_lost()
         self._state = "ended" if error is None else "stopped"
-        self._now = (self._now[0], self._phases.seconds())
+        self.note(self._now[0])
         self._is_over = True
         self._wake.set()
         self._thread.join()
@@ -119,6 +126,7 @@ class Heartbeat:
     def note(self, step: int) -> None:
         """Notes the step that training has come to."""
         self._now = (step, self._phases.seconds())
+        self._noted = time.monotonic()
 
     def note_rates(self, rates: Mapping[str, float]) -> None:
         """Notes the rates of the last steps; see `twotower.training.monitoring.rates`."""
@@ -169,6 +177,8 @@ class Heartbeat:
         content: dict[str, Any] = {
             "state": self._state,
             "time": time.time(),
+            # Of a step that never ends, as one that hangs, the phases do not know yet.
+            "uncounted": round(time.monotonic() - self._noted, 3),
             "beat": self._beats,
             "step": step,
             "steps": self._steps,
@@ -222,5 +232,6 @@ def _open_ledger(workdir: Path, start: int, process: int) -> goodput.Ledger:
     away = 0.0
     # Nobody waits for a run that has come to its end.
     if content.get("state") != "ended":
-        away = now - float(content.get("time", now))
+        # A clock that was set back makes no time.
+        away = max(now - content["time"], 0.0) + content.get("uncounted", 0.0)
     return ledger.restarted(start, away)

@@ -41,7 +41,7 @@ def describe_run(workdir: Path) -> Iterator[str]:
 
 
 def _format_state(content: dict[str, Any]) -> str:
-    state = content["state"]
+    state = content.get("state")
     if state == "ended":
         return "It came to its end."
     silent = time.time() - float(content["time"])
