@@ -64,7 +64,11 @@ def test_a_signal_amid_the_start_ends_the_process_that_is_being_started(tmp_path
         def terminate(self):
             self.is_told = True
 
-    pipe = SimpleNamespace(close=lambda: None)
+    class Pipe:
+        def close(self):
+            pass
+
+    pipe = Pipe()
     parent._context = SimpleNamespace(Pipe=lambda: (pipe, pipe), Process=Process)
     parent._last = 0.0
     with pytest.MonkeyPatch.context() as patch:
