@@ -26,7 +26,7 @@ from twotower.pipeline.batches import Batches, InteractionExamples
 from twotower.training.candidates import corpus_size
 from twotower.training.init import abstract_state
 from twotower.training.loop import open_checkpoints
-from twotower.training.processes import join
+from twotower.training.processes import check_devices, join
 from twotower.training.run import load_run
 from twotower.training.state import Trainer
 
@@ -278,7 +278,11 @@ def test_a_process_that_dies_ends_the_others_with_a_status_that_asks_to_start_ag
 def test_processes_that_do_not_come_are_named_in_seconds():
     def command(port, process):
         call = f"join('127.0.0.1:{port}', 2, {process}, init_timeout=2)"
-        return [sys.executable, "-c", f"from twotower.training.processes import join; {call}"]
+        return [
+            sys.executable,
+            "-c",
+            f"from twotower.training.processes import check_devices, join; {call}",
+        ]
 
     port = _free_port()
     with Group([command(port, 0), command(_free_port(), 1)], _environment(1)) as group:
@@ -308,3 +312,9 @@ def test_a_port_that_is_in_use_is_refused():
 def test_who_is_who_is_asked_for_before_anyone_waits(given, words):
     with pytest.raises(ConfigError, match=words):
         join(*given)
+
+
+def test_processes_with_different_numbers_of_devices_are_refused_by_name():
+    check_devices({0: 4, 1: 4})
+    with pytest.raises(ConfigError, match=r"numbers of devices \(process 0: 2, process 1: 1\)"):
+        check_devices({1: 1, 0: 2})

@@ -8,15 +8,14 @@ import signal
 import socket
 import sys
 import threading
+from collections import Counter
+from collections.abc import Mapping
 from types import FrameType
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from twotower.core.errors import ConfigError
 
@@ -83,19 +82,6 @@ def is_one_of_several() -> bool:
 def is_first() -> bool:
     """Returns whether this process is the one that the others depend on."""
     return jax.process_index() == 0
-
-
-def wait_for_all() -> None:
-    """Waits until all processes have come here.
-
-    They may have different numbers of devices, unlike those of
-    `multihost_utils.sync_global_devices`.
-    """
-    mesh = Mesh(np.array(jax.devices()), ("all",))
-    sharding = NamedSharding(mesh, PartitionSpec("all"))
-    one = np.ones(1, np.int32)
-    ones = jax.make_array_from_callback((mesh.size,), sharding, lambda index: one)
-    jax.block_until_ready(jax.jit(jnp.sum)(ones))
 
 
 def is_lost_process(error: Exception) -> bool:
@@ -242,4 +228,24 @@ def _initialize(
         jax.process_index(),
         jax.process_count(),
         jax.device_count(),
+    )
+    check_devices(Counter(device.process_index for device in jax.devices()))
+
+
+def check_devices(counts: Mapping[int, int]) -> None:
+    """Refuses processes with different numbers of devices, which JAX and Orbax cannot let wait for
+    each other.
+
+    Args:
+        counts: Process -> number of its devices.
+
+    Raises:
+        ConfigError: The numbers differ.
+    """
+    if len(set(counts.values())) < 2:
+        return
+    listed = ", ".join(f"process {process}: {count}" for process, count in sorted(counts.items()))
+    raise ConfigError(
+        f"The processes have different numbers of devices ({listed}). Start them on machines of "
+        "one kind, or let each see as many as the others (CUDA_VISIBLE_DEVICES)."
     )

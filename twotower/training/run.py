@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from absl import logging
+from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
 from twotower.core.errors import CheckpointError, ConfigError
@@ -47,7 +48,6 @@ from twotower.training.init import abstract_state
 from twotower.training.loop import Miner, OnValidation, Validate, fit, open_checkpoints
 from twotower.training.monitoring.monitor import NOT_ASKED, Monitoring
 from twotower.training.monitoring.step_work import with_rates
-from twotower.training.processes import wait_for_all
 from twotower.training.state import Trainer, TrainState, resolve_kinds
 
 MakeValidate = Callable[[PreparedData, TwoTower], Validate]
@@ -240,7 +240,7 @@ def begin(workdir: Path, config: Config, prepared: PreparedData, shared: Path | 
         _keep_data(workdir, prepared, shared)
     # The others must not look for the folder before it is there.
     if jax.process_count() > 1:
-        wait_for_all()
+        multihost_utils.sync_global_devices("the folder of the run is made")
     if not config_path(workdir).exists():
         raise ConfigError(
             f"--workdir={workdir} is not seen by process {jax.process_index()}: several processes "
