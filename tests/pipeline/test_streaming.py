@@ -1,6 +1,8 @@
 """Streams of records: the batches of the whole log, each example once a pass, on any number of
 processes."""
 
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -166,6 +168,14 @@ def test_files_that_are_missing_cut_or_damaged_are_named(tmp_path):
         Shards(tmp_path, records)
     with pytest.raises(FolderError, match="holds other records than this run reads"):
         Shards(tmp_path, RowRecords(drawn_rows().take(np.arange(9)), FEATURES))
+
+
+def test_a_stream_without_its_extra_is_refused_before_the_log_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    config = from_dict({"training": {"input": "stream"}})
+    with pytest.raises(ConfigError, match=r"input='stream' needs the extra 'stream' .*\[stream\]"):
+        prepare_folder(config, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
 
 
 def test_prepared_data_of_a_stream_has_its_shards_whichever_training_made_them(tmp_path):

@@ -31,7 +31,7 @@ from twotower.kernels.dense import fastest_dtype
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.pipeline.streaming.prepared import write_shards
-from twotower.pipeline.streaming.stream import Stream
+from twotower.pipeline.streaming.stream import Stream, check_installed
 from twotower.plugins import (
     config_path,
     import_plugins,
@@ -130,6 +130,8 @@ def train(
         import_plugins(config.plugins, workdir)
         # A misspelt loss is refused before the data is read, not after.
         resolve_kinds(config)
+        if config.training.input == "stream":
+            check_installed()
         prepared = _kept_data(config, workdir, shared)
         is_new = prepared is None
         if prepared is None:

@@ -20,6 +20,7 @@ from twotower.pipeline.engines.on_disk import prepare_on_disk
 from twotower.pipeline.engines.unfinished import preparing
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.streaming.prepared import write_shards
+from twotower.pipeline.streaming.stream import check_installed
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
@@ -58,6 +59,8 @@ def prepare_folder(
     # Both before the folder is locked: a mistake should leave no folder behind.
     run = choose(_ENGINES, engine, "--engine")
     size = parse_memory(memory)
+    if config.training.input == "stream":
+        check_installed()
     again = "Then give the same command again: it begins anew."
     with explain_full_disk(folder, again), exclusive(folder, "prepare"):
         # Looked at under the lock: another process may have finished it meanwhile.

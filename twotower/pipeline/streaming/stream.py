@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -35,6 +36,17 @@ _BLOCK_EXAMPLES = 2**13
 _BLOCK_BYTES = 2**20
 # A step of an accelerator is shorter than the reading of a batch.
 _MAX_THREADS = 8
+
+
+def check_installed() -> None:
+    """Refuses a stream before the log is read for it.
+
+    Raises:
+        ConfigError: A library that streams are read by is missing.
+    """
+    with extra("stream", "config.training.input='stream'"):
+        for name in ("array_record", "grain"):
+            importlib.import_module(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +130,9 @@ class Stream:
             part: Rows of each batch that this process takes.
             put: Function that puts a batch where the step reads it, called by the threads.
         """
-        with extra("stream", "config.training.input='stream'"):
-            import grain
+        # An extra, which a training without a stream does not need.
+        import grain
+
         block = self._steps_at_once(part.stop - part.start)
         parts = _Blocks(self, next_example, steps, block, part, put)
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
