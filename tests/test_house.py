@@ -173,7 +173,7 @@ MAX_LOADED = {
     "twotower.retrieval.match": 5,
     "twotower.training.checkpoint": 10,
     "twotower.training.loop": 46,
-    "twotower.retrieval.retriever": 43,
+    "twotower.retrieval.retriever": 40,
 }
 DEFERRED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 

@@ -6,14 +6,17 @@ queries before it searches.
 
 from __future__ import annotations
 
+import abc
 import numbers
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from twotower.config import RetrievalConfig
+from twotower.core.arrays import Ragged
 from twotower.core.arrow import as_matrix
 from twotower.core.errors import ConfigError, QueryError, echo
 
@@ -117,6 +120,86 @@ class LibraryIndex(Index, Protocol):
             ImportError: It is missing; the message names what to do.
         """
         ...
+
+
+# By these two it is told what is divided, and where its items are: the modules that divide an index
+# and ask other processes are loaded for the few bundles that need them.
+
+
+class ShardedIndex(abc.ABC):
+    """An index in shards; see `twotower.index.shards.divided.DividedIndex`.
+
+    Attributes:
+        parts: Index of each shard.
+        rows: Rows of each shard's items in the whole, int64 [N_s] each, rising.
+        is_exact: Whether all shards compare all their items.
+    """
+
+    kind: str
+    num_items: int
+    dim: int
+    normalized: bool
+    parts: tuple[Index, ...]
+    rows: tuple[np.ndarray, ...]
+    is_exact: bool
+
+    @abc.abstractmethod
+    def search(
+        self, queries: ArrayLike, k: int, *, exclude: Ragged | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the (nearly) best items of each query, best first; see `Index.search`.
+
+        Args:
+            queries: float [Q, D], finite.
+            k: Length of the lists.
+            exclude: Rows that must not come back, one list a query; of exact shards alone.
+        """
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """See `Index.save`."""
+
+
+class RemoteSearch(abc.ABC):
+    """An index whose items other processes hold, with their columns."""
+
+    kind: str
+    num_items: int
+    dim: int
+    normalized: bool
+
+    @abc.abstractmethod
+    def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the best items of each query, best first; see `Index.search`."""
+
+    @abc.abstractmethod
+    def search_items(
+        self,
+        queries: np.ndarray,
+        k: int,
+        *,
+        exclude: Ragged | None = None,
+        where: Sequence[tuple[str, str, Any]] = (),
+        only: np.ndarray | None = None,
+        popularity_weight: float = 0.0,
+        cosine: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the best items that may come back, as
+        `twotower.retrieval.live.snapshot.Snapshot.search` does.
+
+        Args:
+            queries: Query vectors, float32 [B, D].
+            k: Length of the lists.
+            exclude: Rows that must not come back, one list a query.
+            where: Conditions that items must satisfy, (column, operator, value) each.
+            only: Rows that may come back, int [M]; None for all.
+            popularity_weight: Factor of an item's log count in its score.
+            cosine: Whether cosines rank in the place of dot products.
+        """
+
+    @abc.abstractmethod
+    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
+        """See `Index.save`."""
 
 
 def empty_lists(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -21,9 +21,15 @@ from twotower.config import Config, RetrievalConfig
 from twotower.core.arrays import evenly_spaced
 from twotower.core.errors import BadIndexError, ConfigError, choose
 from twotower.core.kinds import Kinds
-from twotower.index.base import TUNING_QUERIES, Build, Index, LibraryIndex, check_vectors
+from twotower.index.base import (
+    TUNING_QUERIES,
+    Build,
+    Index,
+    LibraryIndex,
+    ShardedIndex,
+    check_vectors,
+)
 from twotower.index.exact import ExactIndex
-from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Vectors, append_coordinate, popularity_coordinate
 
 # Vectors below which exact search is quick enough, and ScaNN need not be imported.
@@ -194,7 +200,9 @@ def index_items(
 
     if not shards:
         return build(vectors, counts, like)
-    before = like.parts if isinstance(like, DividedIndex) else ()
+    from twotower.index.shards.divided import DividedIndex
+
+    before = like.parts if isinstance(like, ShardedIndex) else ()
     parts = []
     for number, rows in enumerate(shards):
         part_before = before[number] if number < len(before) else None

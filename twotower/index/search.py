@@ -16,9 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from twotower.core.arrays import Ragged
-from twotower.index.base import Index, check_queries, check_scores, list_length
+from twotower.index.base import Index, ShardedIndex, check_queries, check_scores, list_length
 from twotower.index.exact import ExactIndex
-from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Vectors
 from twotower.kernels.top_k import RunningTopK
 
@@ -156,9 +155,9 @@ def _may_come_back(
     return keep
 
 
-def _takes_exclusions(index: Index) -> TypeGuard[ExactIndex | DividedIndex]:
+def _takes_exclusions(index: Index) -> TypeGuard[ExactIndex | ShardedIndex]:
     """Whether an index compares all items, and can leave some of them out."""
-    return isinstance(index, ExactIndex) or (isinstance(index, DividedIndex) and index.is_exact)
+    return isinstance(index, ExactIndex) or (isinstance(index, ShardedIndex) and index.is_exact)
 
 
 def _num_fetched(num_items: int, num_allowed: int, k: int, max_excluded: int) -> int:

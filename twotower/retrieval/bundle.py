@@ -51,7 +51,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -74,13 +74,11 @@ from twotower.core.install import command
 from twotower.core.kinds import note_origins, read_record, write_record
 from twotower.features.encoder import Encoder
 from twotower.features.inputs import SIDES
-from twotower.index.base import Index
+from twotower.index.base import Index, ShardedIndex
 from twotower.index.build import load_index, save_index
 from twotower.index.exact import ExactIndex
-from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Int8Vectors, Vectors, append_coordinate, popularity_coordinate
 from twotower.retrieval.live.log import check_unchanged
-from twotower.retrieval.shards.remote import RemoteIndex, RemoteVectors, Shards
 from twotower.retrieval.tower_programs import (
     TowerPrograms,
     WeightArrays,
@@ -88,6 +86,9 @@ from twotower.retrieval.tower_programs import (
     model_version,
     save_weights,
 )
+
+if TYPE_CHECKING:  # of routers alone
+    from twotower.retrieval.shards.remote import Shards
 
 FORMAT = "twotower-bundle"
 VERSION = 2
@@ -222,7 +223,7 @@ def write_bundle(
         (folder / GOLDEN).write_text(text, encoding="utf-8")
     version = model_version(bundle.towers.weights)
     corpus = Corpus(bundle.vectors, bundle.items, bundle.counts, bundle.index)
-    if isinstance(bundle.index, DividedIndex):
+    if isinstance(bundle.index, ShardedIndex):
         more["shards"] = len(bundle.index.parts)
         settings = [
             _write_shard(corpus, bundle.index, number, folder, version)
@@ -266,7 +267,7 @@ def write_bundle(
 
 
 def _write_shard(
-    corpus: Corpus, index: DividedIndex, number: int, folder: Path, version: str
+    corpus: Corpus, index: ShardedIndex, number: int, folder: Path, version: str
 ) -> dict[str, Any]:
     """Writes the items of one shard, and returns the settings of its index."""
     rows = index.rows[number]
@@ -408,6 +409,8 @@ def _read_corpus(
         vectors, items, counts = read_items(files, config)
         indexed = indexed_vectors(config, vectors, counts)
         return Corpus(vectors, items, counts, load_part(files, "", manifest, lost, indexed))
+    from twotower.index.shards.divided import DividedIndex
+
     rows = []
     parts = []
     for number in range(manifest["shards"]):
@@ -436,6 +439,8 @@ def _read_remote_corpus(files: Path, manifest: Mapping[str, Any], shards: Shards
         manifest: Content of manifest.json.
         shards: Shards in other processes.
     """
+    from twotower.retrieval.shards.remote import RemoteIndex, RemoteVectors
+
     folders = [files / shard_name(number) for number in range(manifest["shards"])]
     rows = [_map_array(folder, "item_rows") for folder in folders]
     counts = [_map_array(folder, "item_counts") for folder in folders]

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from twotower.core.arrays import Ragged
-from twotower.index.base import Index, check_queries, list_length
+from twotower.index.base import Index, ShardedIndex, check_queries, list_length
 from twotower.index.exact import ExactIndex
 from twotower.kernels.top_k import merge_top_k
 
 
-class DividedIndex:
+class DividedIndex(ShardedIndex):
     """Indices of shards with the contract of `Index.search`, over the rows of the whole.
 
     Attributes:

@@ -28,9 +28,8 @@ from twotower.core.files import (
     publish_version,
     sync_files,
 )
-from twotower.index.base import Index
+from twotower.index.base import Index, RemoteSearch, ShardedIndex
 from twotower.index.build import index_items
-from twotower.index.shards.divided import DividedIndex
 from twotower.index.vectors import Vectors
 from twotower.retrieval.bundle import OF_THE_RUN, Bundle, load_bundle, write_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
@@ -43,8 +42,6 @@ from twotower.retrieval.live.log import (
     changes_path,
 )
 from twotower.retrieval.live.snapshot import Snapshot
-from twotower.retrieval.shards.assign import rows_of_shards
-from twotower.retrieval.shards.remote import RemoteIndex
 
 
 class Compaction(NamedTuple):
@@ -219,7 +216,7 @@ class LiveBundle:
 
     def _require_log(self) -> tuple[ChangeLog, Path]:
         """Returns the log and the folder of the bundle, where it has them."""
-        if isinstance(self.bundle.index, RemoteIndex):
+        if isinstance(self.bundle.index, RemoteSearch):
             raise ChangesError(
                 "The items of shards in processes of their own cannot be changed: change the "
                 "bundle in one process, compact it, and start the shards and routers again."
@@ -267,7 +264,7 @@ class LiveBundle:
         folder = self.bundle.folder
         version = self.bundle.version
         # Items in other processes are those of the export, and stay so.
-        is_remote = isinstance(self.bundle.index, RemoteIndex)
+        is_remote = isinstance(self.bundle.index, RemoteSearch)
         if folder is None or version is None or is_remote:
             return None
         sha256 = self.bundle.manifest["sha256"]
@@ -334,7 +331,9 @@ class LiveBundle:
         bundle = self.bundle
         shards = ()
         # New items go to the shard of their hash.
-        if isinstance(bundle.index, DividedIndex):
+        if isinstance(bundle.index, ShardedIndex):
+            from twotower.retrieval.shards.assign import rows_of_shards
+
             shards = rows_of_shards(items["item_id"], len(bundle.index.parts))
         # Tuned on the users of the export: vectors of others are not kept.
         return index_items(

@@ -21,7 +21,7 @@ from twotower.core.arrow import BadValue, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
 from twotower.core.times import TimeForm
-from twotower.index.base import check_queries, check_scores, list_length
+from twotower.index.base import RemoteSearch, check_queries, check_scores, list_length
 from twotower.index.search import AllowedRows, search_filtered
 from twotower.index.vectors import Vectors, append_coordinate, store_like
 from twotower.kernels.top_k import RunningTopK
@@ -32,7 +32,6 @@ from twotower.retrieval.live.conditions import (
     matching_items,
 )
 from twotower.retrieval.live.segments import EPSILON, BaseSegment, MemTable
-from twotower.retrieval.shards.remote import RemoteIndex
 
 # Answers to conditions that are kept, at N bytes each; then all are dropped, as no server has so
 # many usual ones.
@@ -95,7 +94,7 @@ class Snapshot:
         where = self._resolve_latest(where)
         index = self.base.index
         # Shards in other processes know their items' columns, and drop what may not come back.
-        if isinstance(index, RemoteIndex):
+        if isinstance(index, RemoteSearch):
             return index.search_items(
                 queries,
                 k,

@@ -16,7 +16,13 @@ from numpy.typing import ArrayLike
 
 from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
-from twotower.index.base import check_queries, check_scores, empty_lists, list_length
+from twotower.index.base import (
+    RemoteSearch,
+    check_queries,
+    check_scores,
+    empty_lists,
+    list_length,
+)
 from twotower.index.shards.divided import find_rows, merge_lists, rows_of_whole, rows_within
 
 # (column, operator, value) each; see `twotower.retrieval.live.conditions`.
@@ -69,7 +75,7 @@ class Shards(Protocol):
         ...
 
 
-class RemoteIndex:
+class RemoteIndex(RemoteSearch):
     """The search among the items of all shards, with the contract of `Index.search`.
 
     Attributes:
@@ -106,7 +112,7 @@ class RemoteIndex:
         k: int,
         *,
         exclude: Ragged | None = None,
-        where: Conditions = (),
+        where: Sequence[tuple[str, str, Any]] = (),
         only: np.ndarray | None = None,
         popularity_weight: float = 0.0,
         cosine: bool = False,
@@ -135,7 +141,7 @@ class RemoteIndex:
             if only is not None:
                 _, own_only = find_rows(only, rows)
             own = rows_within(exclude, rows)
-            asked.append(ShardQuery(queries, k, own, where, own_only, cosine))
+            asked.append(ShardQuery(queries, k, own, tuple(where), own_only, cosine))
         # In front, so that there is a list to merge where no shard answers in time.
         lists = [empty_lists(len(queries), k)]
         for rows, found in zip(self._rows, self._shards.search(asked), strict=True):
