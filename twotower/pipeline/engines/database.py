@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.errors import ConfigError
+from twotower.core.files import discard
 from twotower.core.install import extra
 from twotower.core.progress import progress
 
@@ -98,7 +99,9 @@ def _blocks(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
 
 @contextlib.contextmanager
 def open_database(folder: Path, memory: int) -> Iterator[Database]:
-    """Opens a database in a folder, where it also puts what does not fit into memory.
+    """Opens an empty database in a folder, where it also puts what does not fit into memory.
+
+    Its files are gone at the end.
 
     Args:
         folder: Folder of this machine.
@@ -121,6 +124,8 @@ def open_database(folder: Path, memory: int) -> Iterator[Database]:
     try:
         with duckdb.connect(str(folder / _FILE), config=settings) as connection:
             yield Database(connection)
+        # The disk is full of arrays soon: the rows of the log are in them.
+        discard(folder / _FILE)
     except duckdb.OutOfMemoryException as error:
         # A full disk is told as lack of memory too.
         if re.search("max_temp_directory_size|No space left", str(error)):
