@@ -4,6 +4,7 @@ Nothing that was sent in part is ever taken for whole, and nothing is lost.
 """
 
 import concurrent.futures
+import contextlib
 import json
 import os
 import shutil
@@ -282,3 +283,35 @@ def test_a_bundle_is_copied_whole_or_not_at_all(server, tmp_path):
         fetch_bundle("s3://shop/bundle")
     server.objects["shop/bundle/v-3/manifest.json"] = (b"{}", 2.0)
     assert fetch_bundle("s3://shop/bundle") != copy and copy.exists()
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"sha256": "", "files": {}}'])
+def test_a_manifest_that_is_damaged_is_named(server, content):
+    server.objects["shop/runs/a/config.json"] = (b"{}", 1.0)
+    server.objects[f"shop/runs/a/{MANIFEST}"] = (content, 1.0)
+    with pytest.raises(FolderError, match=f"{RUN}/{MANIFEST} is corrupt"):
+        pull(RUN, "--workdir")
+
+
+def test_two_that_send_one_copy_together_keep_each_other_from_nothing(monkeypatch):
+    copy = pull(RUN, "--workdir")
+    write_run(copy, 2)
+    write = Bucket.write
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        others = []
+
+        def write_beside_another(bucket, name, content):
+            write(bucket, name, content)
+            # As a command that looks at a run while its training sends a checkpoint.
+            if not others:
+                (copy / "notes").write_text("new")
+                others.append(pool.submit(push, copy))
+                with contextlib.suppress(TimeoutError):
+                    others[0].result(timeout=0.3)
+
+        monkeypatch.setattr(Bucket, "write", write_beside_another)
+        push(copy)
+        others[0].result()
+    write_run(copy, 4)
+    push(copy)
+    assert Bucket(RUN, "--workdir").read("notes") == b"new"

@@ -51,11 +51,18 @@ def pull(address: str | os.PathLike[str], flag: str) -> Path:
     """
     bucket = Bucket(address, flag)
     copy = cache_folder() / "folders" / copy_name(bucket.address)
-    with exclusive(copy.with_name(f"{copy.name}.pull"), "pull", wait=True):
+    with _turn(copy):
         # Somebody on this machine who works in the copy has the latest.
         with contextlib.suppress(BusyError), exclusive(copy, "pull"):
             _bring(bucket, copy)
     return copy
+
+
+def _turn(copy: Path) -> contextlib.AbstractContextManager[None]:
+    """Returns a context in which no other process of this machine pulls or pushes a copy."""
+    # Two pushes at once would leave the manifest of one and the record of the other, and then every
+    # further push would take the bucket for changed by somebody else.
+    return exclusive(copy.with_name(f"{copy.name}.turn"), "copy", wait=True)
 
 
 def _bring(bucket: Bucket, copy: Path) -> None:
@@ -135,7 +142,8 @@ def push(folder: Path) -> None:
     """
     for copy in (folder, *folder.parents):
         if is_copy(copy):
-            _push(copy)
+            with _turn(copy):
+                _push(copy)
 
 
 def _push(copy: Path) -> None:
@@ -275,9 +283,18 @@ def _read_manifest(bucket: Bucket) -> dict[str, Any]:
     content = bucket.read(MANIFEST)
     if content is None:
         return {"files": {}, "sha256": "", "modified": 0}
-    manifest = json.loads(content)
-    if manifest.get("sha256") != content_digest(manifest):
-        raise FolderError(f"{bucket.address}/{MANIFEST} is corrupt: its sha256 does not match.")
+    manifest: dict[str, Any] = {}
+    try:
+        manifest = json.loads(content)
+        is_sound = manifest["sha256"] == content_digest(manifest)
+    # Half of it is no JSON, and other JSON has no hash.
+    except (KeyError, TypeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise FolderError(
+            f"{bucket.address}/{MANIFEST} is corrupt: its sha256 does not match. Restore it, or "
+            "begin in another folder."
+        )
     modified = [found.modified for found in bucket.list() if found.name == MANIFEST]
     return manifest | {"modified": max(modified, default=0)}
 
