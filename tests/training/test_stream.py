@@ -93,7 +93,7 @@ def test_where_batches_come_from_and_why(caplog):
     assert not choose(input="host") and "gathered on the host" in caplog.text
 
 
-def test_a_run_goes_on_with_another_input_of_the_same_order_alone():
+def test_checkpoints_are_those_of_any_input_but_a_stream_whose_order_is_another():
     configs = {
         name: from_dict({"training": {"input": name}}) for name in ("auto", "host", "stream")
     }
