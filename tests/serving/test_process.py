@@ -87,6 +87,10 @@ def check_bounds(server):
     other = b"GET /v1/info HTTP/1.1\r\nhost: site.example:%d\r\n\r\n" % server.port
     assert server.raw(other).startswith(b"HTTP/1.1 421")
     assert server.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+    # As Java's client asks: its offer of another protocol must not cost the body.
+    offer = b"POST /v1/popular HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 7\r\n"
+    offer += b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n\r\n"
+    assert server.raw(offer + b'{"k":1}').startswith(b"HTTP/1.1 200")
     # What stands behind a body is no header.
     chunked = b"POST /v1/popular HTTP/1.1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n"
     chunked += b"\r\n2\r\n{}\r\n0\r\ncontent-type: application/json\r\n\r\n"

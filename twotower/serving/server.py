@@ -11,6 +11,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Generator, Mapping
@@ -60,6 +61,7 @@ _SHED = b"".join(
         _OVERLOAD,
     ]
 )
+_OFFER = re.compile(rb"\r\nupgrade:(?=[ \t]*h2c[ \t]*\r\n)", re.IGNORECASE)
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
 GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
@@ -323,6 +325,11 @@ class _Protocol(DirectProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        # Java's client offers HTTP/2 with the first request of each connection. The offer may be
+        # left unanswered (RFC 9110, 7.8), but the parser takes what follows for another protocol,
+        # and the body is lost. Of the same length, since a body has one that was told before.
+        if b"h2c" in data:
+            data = _OFFER.sub(b"\r\nignored:", data)
         super().data_received(data)
         # The bytes of bodies are bounded by `read_body`, and those of a whole head by `on_header`.
         if not self._is_in_head or self.transport.is_closing():
