@@ -385,11 +385,11 @@ def check_same_end(workdir: Path, whole: Path) -> None:
 
 
 def regroup(scratch: Path, logs: Path) -> None:
-    """Lets other numbers of processes go on with a run of four devices, and compares its end with
-    that of one process.
+    """Lets other numbers of processes go on with a run of four devices, and prints how far its end is
+    from that of one process.
 
     Raises:
-        AssertionError: The ends differ.
+        AssertionError: A process ended with another status than it should.
     """
     whole = scratch / "one"
     with Training(whole, logs, (4,), log_every=1, steps=_FEW) as training:
