@@ -385,8 +385,8 @@ def check_same_end(workdir: Path, whole: Path) -> None:
 
 
 def regroup(scratch: Path, logs: Path) -> None:
-    """Lets other numbers of processes go on with a run of four devices, and prints how far its end is
-    from that of one process.
+    """Lets other numbers of processes go on with a run of four devices, and prints how far its end
+    is from that of one process.
 
     Raises:
         AssertionError: A process ended with another status than it should.
