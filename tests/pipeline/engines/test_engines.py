@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -296,3 +297,19 @@ def test_a_folder_of_something_else_is_left_as_it_is(place, tmp_path, engine, na
     with pytest.raises(ConfigError, match="holds '(config|items).*', which no preparation wrote"):
         prepare_folder(config, tmp_path, engine=engine, max_bad_rows=1)
     assert content(tmp_path) == before
+
+
+def test_a_folder_of_any_name_is_a_folder(place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = config_of(place, CASES["ids alone"])
+    options = {"engine": "duckdb", "max_bad_rows": 1}
+    # To DuckDB the beginning of its name is that of an extension, to be downloaded.
+    folder = Path("postgres:it's")
+    prepare_folder(config, folder, **options)
+    assert data_folder.is_whole(tmp_path / folder)
+    with pytest.raises(ConfigError, match="has a question mark"):
+        prepare_folder(config, Path("a?b"), **options)
+    # What a kill behind the manifest leaves is the size of the log.
+    (folder / on_disk.SCRATCH).mkdir()
+    prepare_folder(config, folder, **options)
+    assert not (folder / on_disk.SCRATCH).exists()

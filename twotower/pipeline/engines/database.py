@@ -112,7 +112,16 @@ def open_database(folder: Path, memory: int) -> Iterator[Database]:
     """
     with extra("duckdb", "--engine=duckdb"):
         import duckdb
+    # From the root: DuckDB takes a name such as "postgres:x" for that of another database.
+    folder = folder.absolute()
+    if "?" in str(folder):
+        raise ConfigError(
+            f"--data: {str(folder)!r} has a question mark, behind which DuckDB reads options: name "
+            "a folder without, or use --engine=memory."
+        )
     settings = {
+        # Nothing is downloaded, whatever a query would like to have.
+        "autoinstall_known_extensions": False,
         "memory_limit": f"{round(memory * _SHARE / 2**20)}MiB",
         "temp_directory": str(folder / "spilled"),
         # Where order matters, queries ask for it.

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from twotower.config import Config
 from twotower.core.errors import ConfigError, choose
-from twotower.core.files import exclusive, explain_full_disk
+from twotower.core.files import discard, exclusive, explain_full_disk
 from twotower.data.report import DataReport
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
 from twotower.pipeline.engines.on_disk import prepare_on_disk
-from twotower.pipeline.engines.unfinished import preparing
+from twotower.pipeline.engines.unfinished import SCRATCH, preparing
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.streaming.prepared import write_shards
 from twotower.pipeline.streaming.stream import check_installed
@@ -66,6 +66,8 @@ def prepare_folder(
         # Looked at under the lock: another process may have finished it meanwhile.
         if data_folder.is_whole(folder):
             data_folder.check_fits(folder, config)
+            # Of a preparation that was killed between its last two steps.
+            discard(folder / SCRATCH)
         else:
             with preparing(folder):
                 run(config, folder, size, max_bad_rows)
