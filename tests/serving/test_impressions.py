@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.serving.asking import TOKENS, make_app, post, send
+from tests.serving.asking import TOKENS, ask, make_app, post, send
 from twotower.commands.serving import impressions as command
 from twotower.core.errors import ConfigError
 from twotower.serving.events import EventLog, StoredEvent
@@ -52,6 +52,18 @@ def test_every_item_that_is_shown_is_a_row(retriever, tmp_path, log):
         assert row["propensity"] == pytest.approx(item.get("propensity", 1.0))
         assert row["best"] == item.get("best", True)
     assert rows[-1]["user_id"] is None and rows[-1]["source"] == "popular"
+
+
+def test_a_damaged_file_keeps_a_user_in_no_other_file(retriever, tmp_path, log):
+    log.add("u1", str, 0, answer(1))
+    log.flush()
+    (log.folder / "impressions-0.parquet").write_bytes(b"half a file")
+    app = make_app(retriever, tmp_path, tokens={"change": TOKENS["change"]}, impressions=log)
+    token = {"headers": {"x-api-key": TOKENS["change"]}}
+    response = ask(app, "POST", "/v1/erase_user", {"user_id": "u1"}, **token)
+    assert response.status_code == 503 and "log names" in response.json()["cure"]
+    (log.folder / "impressions-0.parquet").unlink()
+    assert not len(read_impressions(log.folder))
 
 
 def test_two_users_who_are_erased_at_once_both_stay_away(log):

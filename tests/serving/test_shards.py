@@ -84,7 +84,10 @@ def test_who_may_ask_a_shard():
         read_access("127.0.0.1", {"TWOTOWER_SHARD_TOKEN": "a"})
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:80", "https://a", "http://a/b", "http://a:99999"])
+@pytest.mark.parametrize(
+    "url",
+    ["127.0.0.1:80", "https://a", "http://a/b", "http://a:99999", "http://b:c@a", "http://a?b"],
+)
 def test_an_address_that_is_none_is_refused(url):
     with pytest.raises(ConfigError, match="--shard_urls: '"):
         Router([url], seconds=1)

@@ -30,6 +30,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from twotower.core.errors import ChangesError
 from twotower.core.ids import read_id
 from twotower.serving import openapi, types
 from twotower.serving.access import Access, Right
@@ -1012,7 +1013,15 @@ class App(Service):
         rows = 0
         # After the events: all processes have then written what they had shown.
         if self.impressions is not None:
-            rows = await asyncio.to_thread(self.impressions.erase, user)
+            try:
+                rows = await asyncio.to_thread(self.impressions.erase, user)
+            except ChangesError as error:
+                logging.error("%s", error)
+                raise RequestError(
+                    503,
+                    "Some files of impressions cannot be read; nothing of the user is elsewhere.",
+                    cure="Delete or restore the files that the server's log names; send it again.",
+                ) from None
         return types.Erased(events, rows)
 
     async def _add_events(self, request: types.Events, item_id: str) -> types.Accepted:

@@ -8,7 +8,6 @@ for which the oldest files make room. Several processes may share it.
 from __future__ import annotations
 
 import collections
-import contextlib
 import datetime
 import os
 import secrets
@@ -23,7 +22,7 @@ import pyarrow.parquet as pq
 from absl import logging
 
 from twotower.core.arrow import pc
-from twotower.core.errors import ConfigError
+from twotower.core.errors import ChangesError, ConfigError
 from twotower.core.files import atomic
 
 if TYPE_CHECKING:  # reading the files needs no extra
@@ -132,16 +131,30 @@ class ImpressionLog:
 
         Args:
             user_id: Id of the user, in the form of the log.
+
+        Raises:
+            ChangesError: Some files cannot be read; all others have nothing of the user any more.
         """
         self.flush()
         count = 0
+        damaged = []
         # One after another: of two that write a file anew, the later one would bring the rows of
         # the other's user back.
         with self._erasing:
             for path in sorted(self.folder.glob(PATTERN)):
                 # Another process may make room meanwhile.
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     count += _erase(path, user_id)
+                except FileNotFoundError:
+                    continue
+                # It must not keep the user in all files that come after it.
+                except (pa.ArrowException, KeyError) as error:
+                    damaged.append(f"{path} ({error})")
+        if damaged:
+            raise ChangesError(
+                "A user who was erased may still be in files that cannot be read: "
+                f"{', '.join(damaged)}. Delete or restore them, and erase again."
+            )
         return count
 
     def close(self) -> None:

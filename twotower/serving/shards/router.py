@@ -76,7 +76,9 @@ class _Shard:
 
     def __init__(self, number: int, url: str, token: str):
         parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname or parts.path.strip("/"):
+        # A password would stand in the log, and nothing would send it.
+        rest = parts.path.strip("/") or parts.query or parts.fragment or parts.username
+        if parts.scheme != "http" or not parts.hostname or rest:
             raise ConfigError(
                 f"--shard_urls: {url!r} is no address of a shard; write http://HOST:PORT."
             )
