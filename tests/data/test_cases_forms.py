@@ -126,3 +126,9 @@ def test_all_columns_that_a_file_lacks_are_named_at_once(tmp_path):
         read_rows(path, columns=columns)
     for words in ("no columns 'user_id', 'item_id', 'timestamp'", "'user_id': 'userId'", "inspect"):
         assert words in str(error.value)
+
+
+def test_a_column_that_another_one_took_the_name_of_is_named(tmp_path):
+    path = write(tmp_path / "log.csv", "user_id,item_id\n1,2\n")
+    with pytest.raises(ConfigError, match="makes the column 'user_id' 'item_id', and none the use"):
+        read_rows(path, columns={"item_id": "user_id"})

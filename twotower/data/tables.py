@@ -575,6 +575,13 @@ def _rename(
         if column not in renamed and column not in mapped:
             others[column] = table[column]
     merged = mapped | others
+    for key in keys:
+        if key not in merged:
+            ours = next(ours for ours, theirs in config.columns.items() if theirs == key)
+            raise ConfigError(
+                f"{name}: config.data.{name}.columns makes the column {key!r} {ours!r}, and none "
+                f"the {key}: name that too, {key}='ITS NAME IN THE FILE'."
+            )
     # Keys first, for readers of a printed table.
     return pa.table({key: merged[key] for key in keys} | merged)
 
