@@ -172,7 +172,7 @@ def import_graph() -> dict[str, set[str]]:
 MAX_LOADED = {
     "twotower.retrieval.match": 5,
     "twotower.training.checkpoint": 10,
-    "twotower.training.loop": 46,
+    "twotower.training.loop": 40,
     "twotower.retrieval.retriever": 40,
 }
 DEFERRED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)

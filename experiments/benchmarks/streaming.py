@@ -54,7 +54,7 @@ from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import corpus_size, count_rows
 from twotower.training.init import init_on
 from twotower.training.loop import make_batches, open_steps
-from twotower.training.monitoring.phases import Phases
+from twotower.training.metrics import UNWATCHED
 from twotower.training.state import Trainer
 
 _ROWS = flags.DEFINE_string("rows", "", "Rows of the pass whose memory is measured, such as 5e6.")
@@ -180,7 +180,7 @@ def _steps(prepared: PreparedData, config: Config, name: str, stream: Stream) ->
     mesh = make_mesh()
     state = [init_on(mesh, trainer, count_rows(prepared))]
     place = [0]
-    with open_steps(trainer, batches, prepared, mesh, Phases(), 0, 0) as run_steps:
+    with open_steps(trainer, batches, prepared, mesh, UNWATCHED, 0, 0) as run_steps:
 
         def run(steps: int) -> None:
             end = place[0] + steps

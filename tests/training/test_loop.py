@@ -26,7 +26,6 @@ from twotower.training import checks, loop, run
 from twotower.training.checkpoint import best_step
 from twotower.training.init import init_on
 from twotower.training.loop import EarlyStopping, open_checkpoints
-from twotower.training.monitoring.phases import Phases
 from twotower.training.optimizers import Optimizers
 from twotower.training.state import resolve_kinds
 
@@ -552,7 +551,7 @@ def test_tables_are_updated_in_place(prepared, resident_megabytes):
     trainer = build_trainer(prepared, config)
     batches = make_batches(prepared, config)
     state = init_on(ONE, trainer, loop.count_rows(prepared))
-    step = loop.compile_steps(trainer, batches, prepared, ONE, Phases())
+    step = loop.compile_steps(trainer, batches, prepared, ONE)
     step(state, 0, 1)
     assert all(x.is_deleted() for x in jax.tree.leaves((state.tables, state.table_slots)))
 

@@ -1,6 +1,7 @@
 """What watches a training: the parts of its time, goodput over restarts, stragglers, profiles."""
 
 import contextlib
+import functools
 import json
 import shutil
 import time
@@ -16,7 +17,7 @@ from twotower.training.metrics import read_lines
 from twotower.training.monitoring import heartbeat as heartbeat_module
 from twotower.training.monitoring.goodput import SPENT, begin, format_ledger, read_ledger
 from twotower.training.monitoring.heartbeat import Heartbeat, heartbeat_path, read_heartbeat
-from twotower.training.monitoring.monitor import NOT_ASKED, Monitoring
+from twotower.training.monitoring.monitor import NOT_ASKED, Monitor, Monitoring
 from twotower.training.monitoring.phases import PHASES, Phases
 from twotower.training.monitoring.profile import parse_steps
 from twotower.training.monitoring.rates import Rates, find_kind
@@ -195,8 +196,8 @@ def test_a_training_keeps_its_goodput_over_restarts_and_a_profile_changes_no_bit
         trainer = build_trainer(prepared, config)
         monitoring = with_rates(monitoring, trainer, prepared, make_mesh(1))
         with contextlib.suppress(Stopped):
-            options = {"validate": None, "on_validation": stop, "monitoring": monitoring}
-            fit(trainer, prepared, tmp_path, **options)
+            watch = functools.partial(Monitor, tmp_path, monitoring, Phases())
+            fit(trainer, prepared, tmp_path, validate=None, on_validation=stop, open_watch=watch)
         return read_heartbeat(tmp_path)
 
     first = train(4, Monitoring(kind="h200"))

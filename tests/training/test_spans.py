@@ -13,7 +13,6 @@ from twotower.pipeline.prepare import prepare
 from twotower.training import loop
 from twotower.training.candidates import count_rows
 from twotower.training.init import init_on
-from twotower.training.monitoring.phases import Phases
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +65,7 @@ def run_steps(prepared, devices, monkeypatch, places=None):
         return gather_spans(self, data, indices, num_events)
 
     monkeypatch.setattr(Batches, "gather_spans", counted)
-    run = loop.compile_steps(trainer, batches, prepared, mesh, Phases())
+    run = loop.compile_steps(trainer, batches, prepared, mesh)
     state = init_on(mesh, trainer, count_rows(prepared))
     losses = []
     for step in range(STEPS):

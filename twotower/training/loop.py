@@ -47,9 +47,14 @@ from twotower.training.checks import (
     format_bytes,
 )
 from twotower.training.init import abstract_state, init_on
-from twotower.training.metrics import StepMetrics, Writer, open_writer, recovery_hint
-from twotower.training.monitoring.monitor import NOT_ASKED, Monitor, Monitoring
-from twotower.training.monitoring.phases import Phases
+from twotower.training.metrics import (
+    UNWATCHED,
+    StepMetrics,
+    Watch,
+    Writer,
+    open_writer,
+    recovery_hint,
+)
 from twotower.training.optimizers import StepScalars
 from twotower.training.processes import Preemption
 from twotower.training.state import Trainer, TrainState, state_specs
@@ -71,6 +76,8 @@ Miner = Callable[[Weights], Mapping[str, np.ndarray]]
 RunSteps = Callable[[TrainState, int, int], tuple[TrainState, Metrics, int]]
 # Options of the training -> its examples as a stream.
 OpenStream = Callable[[TrainingConfig], "Stream"]
+# (step that the run goes on from, number of all steps) -> what watches the training, to be entered.
+OpenWatch = Callable[[int, int], contextlib.AbstractContextManager[Watch]]
 # (data on the devices, indices) -> batch.
 GatherBatch = Callable[[Mapping[str, Any], Any], Batch]
 
@@ -150,6 +157,12 @@ def open_checkpoints(workdir: Path, config: Config, *, read_only: bool = False) 
     )
 
 
+def unwatched(start: int, steps: int) -> contextlib.AbstractContextManager[Watch]:
+    """Opens a watch that sees nothing."""
+    del start, steps
+    return contextlib.nullcontext(UNWATCHED)
+
+
 def fit(
     trainer: Trainer,
     data: TrainingData,
@@ -160,7 +173,7 @@ def fit(
     mine: Miner | None = None,
     on_validation: OnValidation | None = None,
     mesh: Mesh | None = None,
-    monitoring: Monitoring = NOT_ASKED,
+    open_watch: OpenWatch = unwatched,
 ) -> TrainState:
     """Trains from the latest checkpoint of a run on, to the last step or until validation stops
     improving.
@@ -178,7 +191,7 @@ def fit(
         on_validation: Function that is told of each validation, such as one that ends a run that
             promises nothing.
         mesh: Devices of the run; all of them by default.
-        monitoring: What is watched while it trains.
+        open_watch: Function that opens what watches the training.
 
     Returns:
         The state at the end.
@@ -189,7 +202,6 @@ def fit(
         ConfigError: The batch cannot be divided over the devices, the run does not fit into their
             memory, or `validate` does not measure the metric.
     """
-    phases = Phases()
     # The configuration before it is scaled: the run stays the same when its data grows.
     identity = trainer.config
     mesh = mesh or make_mesh()
@@ -212,8 +224,8 @@ def fit(
             logging.info("Training of %s had ended at step %d.", workdir, start)
             return state
         writing = open_writer(workdir, start=start, steps=config.steps)
-        watching = Monitor(workdir, monitoring, phases, start=start, steps=config.steps)
-        with writing as writer, Preemption() as preemption, watching as monitor:
+        watching = open_watch(start, config.steps)
+        with writing as writer, Preemption() as preemption, watching as watch:
             # Nothing is said for so long at no other time.
             logging.info("Compiling: seconds for a small model, minutes for a large one ...")
             # A validation of the fresh model, so that a misspelt metric costs seconds.
@@ -229,10 +241,10 @@ def fit(
                 mine=mine,
                 on_validation=on_validation,
                 mesh=mesh,
-                monitor=monitor,
+                watch=watch,
             )
             with open_steps(
-                trainer, batches, data, mesh, phases, start, progress.next_example
+                trainer, batches, data, mesh, watch, start, progress.next_example
             ) as run_steps:
                 state = run.run_to_end(state, run_steps)
     best = ""
@@ -357,7 +369,7 @@ class _Run:
     mine: Miner | None
     on_validation: OnValidation | None
     mesh: Mesh
-    monitor: Monitor
+    watch: Watch
 
     def run_to_end(self, state: TrainState, run_steps: RunSteps) -> TrainState:
         """Runs all further steps; each validation is followed by a checkpoint.
@@ -367,7 +379,7 @@ class _Run:
         """
         config = self.trainer.config.training
         metrics = StepMetrics(
-            self.writer, self.checkpoints, config.batch_size, config.log_every, self.monitor.measure
+            self.writer, self.checkpoints, config.batch_size, config.log_every, self.watch.measure
         )
         step = int(state.step)
         dispatches = 0
@@ -382,13 +394,13 @@ class _Run:
                     metrics.read()
                     state = self._with_mined_negatives(state)
                     metrics.resume()
-                self.monitor.profiler.start_before(step)
+                self.watch.start_profile(step)
                 state, launched, count = run_steps(state, step, min(most, self._until_event(step)))
                 step += count
                 self.progress.advance(count * config.batch_size)
                 dispatches += 1
                 metrics.launch(step, launched, count)
-                self.monitor.note(step, metrics)
+                self.watch.note(step, metrics)
                 if not config.steps_per_dispatch:
                     most = min(2 * most, _steps_in_time(metrics.seconds_a_step))
                 is_preempted = self.preemption.is_due(dispatches)
@@ -420,7 +432,7 @@ class _Run:
         if negatives.mined:
             periods.append(negatives.mined_refresh)
         waits = [period - step % period for period in periods]
-        waits += self.monitor.profiler.until_edge(step)
+        waits += self.watch.until_edge(step)
         return min(config.steps - step, *waits)
 
     def _is_time_to_mine(self, step: int) -> bool:
@@ -432,7 +444,7 @@ class _Run:
     def _with_mined_negatives(self, state: TrainState) -> TrainState:
         """Returns the state with fresh pools of hard negatives."""
         assert self.mine is not None, "check_run refuses a run that has no miner and needs one"
-        with jax.transfer_guard("allow"), self.monitor.phases.during("other"):
+        with jax.transfer_guard("allow"), self.watch.during("other"):
             pools = put(self.mesh, self.mine(state.weights), REPLICATED)
         return state.replace(negatives=state.negatives | {"mined": pools})
 
@@ -440,7 +452,7 @@ class _Run:
         """Validates, moves the plateau schedule on and saves; returns the state that was saved."""
         config = self.trainer.config.training
         step = int(state.step)
-        with self.monitor.phases.during("validation"):
+        with self.watch.during("validation"):
             values = self._validation(state.weights, step)
         value = values.get(config.metric)
         if value is not None:
@@ -458,12 +470,12 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, metrics: Mapping[str, float]) -> None:
         record = dataclasses.asdict(self.progress)
-        with self.monitor.phases.during("checkpoint"):
+        with self.watch.during("checkpoint"):
             self.checkpoints.save(step, state, record=record, metrics=metrics)
-        self.monitor.heartbeat.note_save(step)
+        self.watch.note_save(step)
 
     def _wait_for_save(self) -> None:
-        with self.monitor.phases.during("checkpoint"):
+        with self.watch.during("checkpoint"):
             self.checkpoints.wait()
 
     def _end_early(self, step: int) -> NoReturn:
@@ -509,7 +521,7 @@ def open_steps(
     batches: Batches | Stream,
     data: TrainingData,
     mesh: Mesh,
-    phases: Phases,
+    watch: Watch,
     start: int,
     next_example: int,
 ) -> Iterator[RunSteps]:
@@ -520,12 +532,12 @@ def open_steps(
         batches: Training batches.
         data: Prepared data, of which the constants of a step are made.
         mesh: Devices of the run.
-        phases: Clock of the training.
+        watch: What watches the training.
         start: Number of steps done.
         next_example: Position of the first example of a stream.
     """
     if isinstance(batches, Batches):
-        yield compile_steps(trainer, batches, data, mesh, phases)
+        yield compile_steps(trainer, batches, data, mesh, watch)
         return
     config = trainer.config.training
     constants = _constants(trainer, data, mesh, None)
@@ -548,7 +560,7 @@ def open_steps(
 
             def run(state: TrainState, step: int, most: int) -> tuple[TrainState, Metrics, int]:
                 del step, most  # one step after the other
-                with phases.during("input"):
+                with watch.during("input"):
                     batch = next(read)
                 state, metrics = program(state, batch, None, constants, number)
                 return state, metrics, 1
@@ -576,7 +588,7 @@ def compile_steps(
     batches: Batches,
     data: TrainingData,
     mesh: Mesh,
-    phases: Phases,
+    watch: Watch = UNWATCHED,
 ) -> RunSteps:
     """Returns a function that runs the steps of one dispatch.
 
@@ -588,7 +600,7 @@ def compile_steps(
         batches: Training batches.
         data: Prepared data, of which the constants of a step are made.
         mesh: Devices of the run.
-        phases: Clock of the training.
+        watch: What watches the training.
 
     Returns:
         The function; see `RunSteps`. The state is donated. Fewer steps than asked for are run where
@@ -630,7 +642,7 @@ def compile_steps(
         return put_parts(mesh, host, parts, config.batch_size, axis=1)
 
     def run(state: TrainState, step: int, most: int) -> tuple[TrainState, Metrics, int]:
-        with phases.during("input"):
+        with watch.during("input"):
             # A function of the step alone: a resumed run sees the batches that it would have seen.
             indices = [batches.indices(s) for s in range(step, step + min(most, capacity))]
             enough = enough_places(indices[0])

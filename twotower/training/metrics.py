@@ -3,13 +3,14 @@ lines, TensorBoard events, and a progress bar or log lines."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +22,9 @@ from twotower.core.files import atomic
 from twotower.training.checkpoint import Checkpoints
 
 METRICS = "metrics.jsonl"  # file of the metrics in the folder of a run
+# start: reading data and compiling; input: the host makes a batch and moves it; compute: the host
+# waits for the devices; other: mining hard negatives, and writing profiles.
+Phase = Literal["start", "input", "compute", "checkpoint", "validation", "other"]
 
 
 @runtime_checkable
@@ -55,6 +59,79 @@ def recovery_hint(checkpoints: Checkpoints) -> str:
     if latest:
         origin = f"The last good checkpoint is {checkpoints.folder / str(latest)}."
     return f"{origin} Lower the learning rates, or set config.training.optimizer.clip_norm."
+
+
+@runtime_checkable
+class Watch(Protocol):
+    """Watches a training while it runs, and changes nothing in it.
+
+    `twotower.training.monitoring.monitor.Monitor` is one.
+    """
+
+    def during(self, phase: Phase) -> contextlib.AbstractContextManager[Any]:
+        """Lets the time of a block belong to a phase."""
+        ...
+
+    def start_profile(self, step: int) -> None:
+        """Begins a profile if it is time.
+
+        Args:
+            step: Number of steps done.
+        """
+        ...
+
+    def until_edge(self, step: int) -> list[int]:
+        """Returns the numbers of steps to the ends of a profile, which no dispatch may cross."""
+        ...
+
+    def note(self, step: int, metrics: StepMetrics) -> None:
+        """Notes a dispatch.
+
+        Args:
+            step: Last step of the dispatch.
+            metrics: Metrics of the steps.
+        """
+        ...
+
+    def note_save(self, step: int) -> None:
+        """Notes that a checkpoint was saved at a step."""
+        ...
+
+    def measure(self, steps: int) -> dict[str, float]:
+        """Returns figures on the time since the last call.
+
+        Args:
+            steps: Number of steps in that time.
+        """
+        ...
+
+
+class Unwatched:
+    """A watch that sees nothing."""
+
+    def during(self, phase: Phase) -> contextlib.AbstractContextManager[Any]:
+        del phase
+        return contextlib.nullcontext()
+
+    def start_profile(self, step: int) -> None:
+        del step
+
+    def until_edge(self, step: int) -> list[int]:
+        del step
+        return []
+
+    def note(self, step: int, metrics: StepMetrics) -> None:
+        del step, metrics
+
+    def note_save(self, step: int) -> None:
+        del step
+
+    def measure(self, steps: int) -> dict[str, float]:
+        del steps
+        return {}
+
+
+UNWATCHED = Unwatched()
 
 
 class StepMetrics:

@@ -46,7 +46,8 @@ from twotower.training.checkpoint import Checkpoints
 from twotower.training.checks import check_batch, check_memory, fits
 from twotower.training.init import abstract_state
 from twotower.training.loop import Miner, OnValidation, Validate, fit, open_checkpoints
-from twotower.training.monitoring.monitor import NOT_ASKED, Monitoring
+from twotower.training.monitoring.monitor import NOT_ASKED, Monitor, Monitoring
+from twotower.training.monitoring.phases import Phases
 from twotower.training.monitoring.step_work import with_rates
 from twotower.training.state import Trainer, TrainState, resolve_kinds
 
@@ -121,6 +122,8 @@ def train(
         PreemptedError: The process was asked to end by SIGTERM, and has saved where it was.
         TrainingError: The loss or a gradient is not finite.
     """
+    # From here on: reading and compiling are time of the run too.
+    phases = Phases()
     workdir = local_folder(workdir)
     shared = None if data is None else local_folder(data, "--data")
     mesh = make_mesh(devices)
@@ -156,6 +159,7 @@ def train(
         if config.training.input == "stream":
             shards = write_shards(prepared, data_path(workdir))
             open_stream = functools.partial(Stream.open, prepared.training_records(), shards)
+        watched = with_rates(monitoring, trainer, prepared, mesh)
         fit(
             trainer,
             prepared,
@@ -165,7 +169,7 @@ def train(
             mine=mine,
             on_validation=on_validation,
             mesh=mesh,
-            monitoring=with_rates(monitoring, trainer, prepared, mesh),
+            open_watch=functools.partial(Monitor, workdir, watched, phases),
         )
 
 

@@ -157,7 +157,6 @@ def _fit(
     from twotower.training.candidates import CorpusSize
     from twotower.training.init import init_on
     from twotower.training.loop import compile_steps
-    from twotower.training.monitoring.phases import Phases
     from twotower.training.state import Trainer
 
     config, mesh = from_dict(config), make_mesh()
@@ -181,7 +180,7 @@ def _fit(
     # Of the prepared data only the corpus' popularity and features would be asked for, by negatives
     # that are not used.
     no_data: Any = None
-    run_steps = compile_steps(trainer, batches, no_data, mesh, Phases())
+    run_steps = compile_steps(trainer, batches, no_data, mesh)
     place = itertools.count()
 
     def run(repeats: int) -> None:
@@ -220,7 +219,6 @@ def _sequence_steps(length: int, batch: int, tuned: bool, dtype: str) -> Callabl
     from twotower.training.candidates import corpus_size, count_rows
     from twotower.training.init import init_on
     from twotower.training.loop import compile_steps
-    from twotower.training.monitoring.phases import Phases
     from twotower.training.state import Trainer
 
     config = movielens_1m_sequential.get_config()
@@ -249,7 +247,7 @@ def _sequence_steps(length: int, batch: int, tuned: bool, dtype: str) -> Callabl
     batches = Batches(examples, batch_size=batch, seed=0, resident_megabytes=1000)
     mesh = make_mesh()
     state = [init_on(mesh, trainer, count_rows(prepared))]
-    run_steps, place = compile_steps(trainer, batches, prepared, mesh, Phases()), itertools.count()
+    run_steps, place = compile_steps(trainer, batches, prepared, mesh), itertools.count()
 
     def run(repeats: int) -> None:
         for _ in range(repeats):

@@ -10,10 +10,10 @@ from types import TracebackType
 
 from absl import logging
 
-from twotower.training.metrics import StepMetrics
+from twotower.training.metrics import Phase, StepMetrics
 from twotower.training.monitoring.goodput import format_ledger
 from twotower.training.monitoring.heartbeat import Heartbeat
-from twotower.training.monitoring.phases import Phase, Phases
+from twotower.training.monitoring.phases import Phases
 from twotower.training.monitoring.profile import Profiler
 
 # Phases of which a line of metrics has the seconds of a step.
@@ -42,7 +42,7 @@ NOT_ASKED = Monitoring()
 
 
 class Monitor:
-    """Watches one start of a training; a context.
+    """The `Watch` of one start of a training; a context.
 
     Args:
         workdir: Folder of the run.
@@ -53,17 +53,17 @@ class Monitor:
     """
 
     def __init__(
-        self, workdir: Path, monitoring: Monitoring, phases: Phases, *, start: int, steps: int
+        self, workdir: Path, monitoring: Monitoring, phases: Phases, start: int, steps: int
     ) -> None:
-        self.phases = phases
-        self.profiler = Profiler(workdir, monitoring.profile_steps)
-        self.heartbeat = Heartbeat(workdir, phases, start=start, steps=steps)
+        self._phases = phases
+        self._profiler = Profiler(workdir, monitoring.profile_steps)
+        self._heartbeat = Heartbeat(workdir, phases, start=start, steps=steps)
         self._rates = monitoring.rates
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> Monitor:
-        self._open.enter_context(self.heartbeat)
-        self._open.enter_context(self.profiler)
+        self._open.enter_context(self._heartbeat)
+        self._open.enter_context(self._profiler)
         return self
 
     def __exit__(
@@ -74,7 +74,27 @@ class Monitor:
     ) -> None:
         self._open.__exit__(kind, error, trace)
         if error is None:
-            logging.info("%s", format_ledger(self.heartbeat.ledger))
+            logging.info("%s", format_ledger(self._heartbeat.ledger))
+
+    def during(self, phase: Phase) -> contextlib.AbstractContextManager[None]:
+        """Lets the time of a block belong to a phase."""
+        return self._phases.during(phase)
+
+    def start_profile(self, step: int) -> None:
+        """Begins a profile if it is time.
+
+        Args:
+            step: Number of steps done.
+        """
+        self._profiler.start_before(step)
+
+    def until_edge(self, step: int) -> list[int]:
+        """Returns the numbers of steps to the ends of a profile, which no dispatch may cross."""
+        return self._profiler.until_edge(step)
+
+    def note_save(self, step: int) -> None:
+        """Notes that a checkpoint was saved at a step."""
+        self._heartbeat.note_save(step)
 
     def note(self, step: int, metrics: StepMetrics) -> None:
         """Notes a dispatch, and ends a profile that it was the last one of.
@@ -84,14 +104,14 @@ class Monitor:
             metrics: Metrics of the steps, which know when the devices have done them.
         """
         # The first dispatch compiles.
-        self.phases.switch("compute")
-        self.heartbeat.note(step)
-        if not self.profiler.ends_at(step):
+        self._phases.switch("compute")
+        self._heartbeat.note(step)
+        if not self._profiler.ends_at(step):
             return
         # The devices may be steps behind the host: a profile that ends now would miss them.
         metrics.read()
-        with self.phases.during("other"):
-            self.profiler.stop()
+        with self._phases.during("other"):
+            self._profiler.stop()
         metrics.resume()
 
     def measure(self, steps: int) -> dict[str, float]:
@@ -100,15 +120,15 @@ class Monitor:
         Args:
             steps: Number of steps in that time.
         """
-        spent = self.phases.since_last()
+        spent = self._phases.since_last()
         values = {}
         for name in _OF_STEP:
             values[f"step_seconds/{name}"] = spent[name] / steps
-        values["goodput"] = self.heartbeat.ledger.goodput
+        values["goodput"] = self._heartbeat.ledger.goodput
         # Steps that were compiled in that time took none of it.
         if self._rates is not None and not spent["start"]:
             seconds = (spent["input"] + spent["compute"]) / steps
             rates = self._rates(seconds)
-            self.heartbeat.note_rates(rates)
+            self._heartbeat.note_rates(rates)
             values |= rates
         return values

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Literal, get_args
+from typing import get_args
 
-# start: reading data and compiling; input: the host makes a batch and moves it; compute: the host
-# waits for the devices; other: mining hard negatives, and writing profiles.
-Phase = Literal["start", "input", "compute", "checkpoint", "validation", "other"]
+from twotower.training.metrics import Phase
+
 PHASES: tuple[Phase, ...] = get_args(Phase)
 # Phases that move a run on.
 PRODUCTIVE: tuple[Phase, ...] = ("input", "compute")
