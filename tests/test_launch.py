@@ -487,7 +487,7 @@ def test_continuous_integration_skips_no_extra_and_installs_programs_that_are_mi
         "update -qq",
     ]
     calls = local.calls()
-    everything = install(".[bigquery,mlflow,plots,redis,serve,text,dev]")
+    everything = install(".[bigquery,mlflow,plots,redis,serve,stream,text,dev]")
     assert everything in calls
     # Style and types before the tests; those of the newest Python before the long ones.
     modules = [(call[2], *call[3:5]) for call in calls[calls.index(everything) + 1 :]]

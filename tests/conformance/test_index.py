@@ -288,8 +288,8 @@ def test_the_best_groups_hold_the_answer_of_the_whole_row(width):
 @pytest.mark.trap(34)
 def test_blocks_merge_to_the_answer_of_the_whole_row():
     """Of equal scores the lower row stays first, in whichever block it is."""
-    scores = np.random.default_rng(0).integers(0, 9, (3, 50)).astype(np.float32)
+    scores = np.random.default_rng(0).integers(0, 9, (3, 200)).astype(np.float32)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :20]
-    index = ExactIndex(np.eye(50, dtype=np.float32), item_block=16)
+    index = ExactIndex(np.eye(200, dtype=np.float32), item_block=64)
     np.testing.assert_array_equal(index.search(scores, 20)[1], expected)
-    assert max(len(block) for block in index._blocks) == 16
+    assert [len(block) for block in index._blocks] == [64] * 4

@@ -202,9 +202,9 @@ def test_a_compaction_builds_the_index_as_the_one_before(folder, monkeypatch):
     before = retriever.bundle.index
     models = []
 
-    def build(config, vectors, counts, users, like):
+    def build(config, vectors, counts, users, like, shards):
         models.append(like)
-        return original(config, vectors, counts, users, like)
+        return original(config, vectors, counts, users, like, shards)
 
     original = live_bundle.index_items
     monkeypatch.setattr(live_bundle, "index_items", build)
