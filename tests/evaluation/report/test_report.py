@@ -1,6 +1,7 @@
 """What stands in a report: the verdict, all parts, and nothing that data could do to it."""
 
 import base64
+import dataclasses
 import hashlib
 import html
 import json
@@ -13,6 +14,7 @@ import pytest
 
 from tests.evaluation.report.conftest import ARABIC, SCRIPT, TITLES
 from twotower.core.errors import ConfigError
+from twotower.evaluation.report import people, quality
 from twotower.evaluation.report.figures import Points, scatter_chart
 from twotower.evaluation.report.neighbourhoods import umap_charts
 from twotower.evaluation.report.page import Section, Table, render_page, table
@@ -116,6 +118,33 @@ def test_a_part_that_was_not_measured_says_how_to_have_it(run, measured, report)
         assert flag in text
     with pytest.raises(ConfigError, match="--report_columns.*categry.*category"):
         write_report(run, few, path, columns=["categry"])
+
+
+def test_a_name_has_one_mark_in_all_figures_by_length(monkeypatch):
+    drawn = []
+
+    def line_chart(name, lines, **options):
+        drawn.append([line.label for line in lines])
+        return "<svg></svg>"
+
+    monkeypatch.setattr(quality, "line_chart", line_chart)
+    figures = {"recall@5": 0.5, "recall@9": 0.6, "ndcg@5": 0.3, "ndcg@9": 0.4}
+    measured = measured_as(0.1, 0.0, 0.2) | {"model": figures}
+    # The one is better by recall, the other by NDCG.
+    measured["baselines"] = {
+        "ease": figures | {"recall@5": 0.4, "ndcg@5": 0.1},
+        "popularity": figures | {"recall@5": 0.2, "ndcg@5": 0.2},
+    }
+    for metric in ("recall", "ndcg"):
+        quality._by_length(measured, metric)
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 3
+
+
+def test_what_was_missed_is_all_or_says_of_how_many():
+    person = people.Person("u", "busy", 3, [], ["a"], [True], ["b", "c"], 2, 1.0, [])
+    assert "not in the list</h4>" in people._card(person, is_open=True, reads_history=True)
+    many = dataclasses.replace(person, num_wanted=1200)
+    assert "(the first 2 of 1,200)" in people._card(many, is_open=True, reads_history=True)
 
 
 def test_equal_figures_are_equal_text_and_two_share_no_id():

@@ -51,7 +51,8 @@ class Person:
         history: Titles of the latest of these, the latest first.
         titles: Titles of the list, best first.
         is_right: Whether each of them was right.
-        wanted: Titles of right answers that are not in the list.
+        wanted: Titles of right answers that are not in the list, the first of them.
+        num_wanted: Number of all right answers that are not in the list.
         score: Score of the first item.
         reasons: Events that speak for the first item, the strongest first.
     """
@@ -63,6 +64,7 @@ class Person:
     titles: Sequence[str]
     is_right: Sequence[bool]
     wanted: Sequence[str]
+    num_wanted: int
     score: float
     reasons: Sequence[Reason]
 
@@ -146,6 +148,7 @@ def describe_people(
                 titles=[titles[int(row)] for row in listed],
                 is_right=np.isin(listed, relevant).tolist(),
                 wanted=[titles[int(row)] for row in missed[:LISTED]],
+                num_wanted=len(missed),
                 score=float(scores[number][0]) if len(listed) else 0.0,
                 reasons=reasons,
             )
@@ -240,7 +243,11 @@ def _card(person: Person, *, is_open: bool, reads_history: bool) -> str:
         f"<div><h4>Recommended, best first</h4><ol>{''.join(listed)}</ol></div></div>"
     )
     if wanted:
-        columns += f"<h4>Took, and not in the list</h4><ul>{wanted}</ul>"
+        # The busy took a hundred: ten of them unmarked would look like all.
+        share = ""
+        if person.num_wanted > len(person.wanted):
+            share = f" (the first {len(person.wanted)} of {person.num_wanted:,})"
+        columns += f"<h4>Took, and not in the list{share}</h4><ul>{wanted}</ul>"
     columns += _why(person, reads_history=reads_history)
     opened = " open" if is_open else ""
     return (

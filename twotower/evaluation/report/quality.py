@@ -86,8 +86,8 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
         numbers.append(big_number(title, f"{verdict.rival_value:.4f}", beside))
     # The one figure in words, for somebody who has never heard of recall.
     meaning = (
-        f"Of the things that people really took next, {verdict.value:.0%} were among the {k} that "
-        f"the model put first for them, out of {measured['protocol']['items']:,}."
+        f"On average, {verdict.value:.0%} of what a person really took was among the {k} items "
+        f"that the model put first for them, out of {measured['protocol']['items']:,}."
     )
     # Above the figures and not in a footnote: what speaks against them must be met first.
     warnings = [_warning(text) for text in find_warnings(measured, data_report)]
@@ -222,10 +222,27 @@ def _ends(ends: Sequence[float] | None) -> str:
     return f"{ends[0]:.4f} to {ends[1]:.4f}"
 
 
+def _answer_sentences(measured: Measured) -> list[str]:
+    """Returns what is said of the right answers that no list could hold."""
+    sentences = []
+    unanswered = measured["model"].get("queries_without_answer", 0)
+    if unanswered:
+        sentences.append(
+            f"Of {unanswered:,} queries no answer is left without these items: no mean counts them."
+        )
+    answers = measured.get("answers", {})
+    if answers:
+        sentences.append(
+            f"{answers['outside_corpus']:,} of {answers['all']:,} right answers are not among the "
+            f"items at all; they count as missed. A perfect ranking without an end would find "
+            f"{answers['greatest_recall']:.1%}."
+        )
+    return sentences
+
+
 def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) -> Section:
     """Returns the protocol, the command and the configuration."""
     protocol = measured["protocol"]
-    answers = measured.get("answers", {})
     query = QUERIES.get(protocol["query"], "query")
     rows = protocol.get("test_set", protocol["split"])
     sentences = [
@@ -236,12 +253,7 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
         "Items that the person had before are taken out of the lists; of equal scores the wrong "
         "item goes first.",
     ]
-    if answers:
-        sentences.append(
-            f"{answers['outside_corpus']:,} of {answers['all']:,} right answers are not among the "
-            f"items at all; they count as missed. A perfect ranking would find "
-            f"{answers['greatest_recall']:.1%}."
-        )
+    sentences += _answer_sentences(measured)
     for audit in measured.get("audits", {}).values():
         # Audits that speak against the figures stand on top of the page; here are those that found
         # nothing.
@@ -383,7 +395,8 @@ def lists(measured: Measured, workdir: str) -> Section:
 def _by_length(measured: Measured, metric: str) -> Chart:
     ks = list_lengths(measured)
     figures = _rankings(measured)
-    shown = _model_first(figures, f"{metric}@{ks[0]}")
+    # By recall in every figure, so that a name has one mark and colour in all of them.
+    shown = _model_first(figures, f"recall@{ks[0]}")
     lines = []
     for name in shown:
         values = [figures[name][f"{metric}@{k}"] for k in ks]
