@@ -61,7 +61,7 @@ _ROWS = flags.DEFINE_string("rows", "", "Rows of the pass whose memory is measur
 _WALL = flags.DEFINE_bool("wall", False, "Measure time by the clock.")
 _CHILD = flags.DEFINE_string("child", "", "Work of a process that this one has started.")
 
-# Time of the resident input to that of the stream; the least is what the issue of streaming asks.
+# Time of the resident input to that of the stream; the least is what is promised.
 FLOORS = {"small": 1 / 1.5, "sequential": 1 / 1.1}
 USERS = 1_000_000
 ITEMS = 100_000
