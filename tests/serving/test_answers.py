@@ -10,6 +10,8 @@ import pytest
 
 from experiments.benchmarks.fuzz_api import InProcess
 from tests.serving.asking import ask, make_app, post, refused
+from twotower.core.errors import QueryError
+from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.events import MAX_EVENTS_OF_USER, EventLog, LiveHistories, StoredEvent
 from twotower.serving.writer import Writer
@@ -217,6 +219,15 @@ def test_a_request_that_is_cancelled_leaves_those_that_wait_with_it(app, tmp_pat
         return accepted
 
     assert asyncio.run(cancel_the_first()) == 1
+
+
+def test_a_model_without_a_vector_for_strangers_gets_ready_all_the_same(retriever, monkeypatch):
+    def refuse(*words, **options):
+        raise QueryError("the query is zero")
+
+    for name in ("recommend", "similar_items"):
+        monkeypatch.setattr(retriever, name, refuse)
+    assert Answers(retriever).warm() == []
 
 
 def test_scores_of_pairs_are_products_of_their_vectors(app, retriever):

@@ -6,6 +6,7 @@ they clicked are; and where there are no clicks either, the most popular ones. E
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import itertools
@@ -18,7 +19,7 @@ import msgspec
 import numpy as np
 
 from twotower.config import RerankConfig
-from twotower.core.errors import ConfigError, did_you_mean, echo
+from twotower.core.errors import ConfigError, QueryError, did_you_mean, echo
 from twotower.core.ids import read_id
 from twotower.core.times import TimeForm
 from twotower.retrieval import golden
@@ -133,9 +134,13 @@ class Answers:
             # Each kind of list sorts or compiles something when it is first asked for.
             self.retriever.popular_items(1)
             known = self.retriever.items()["item_id"][:1].to_pylist()
-            self.retriever.similar_items(known[0], 1)
-            self.retriever.recommend(events=known, k=1)
-            explain_user(self.retriever, known, events=known)
+            # A tower that reads no history may have a vector of zeros for somebody unknown: such
+            # requests are refused one by one, and the others are answered.
+            with contextlib.suppress(QueryError):
+                self.retriever.similar_items(known[0], 1)
+            with contextlib.suppress(QueryError):
+                self.retriever.recommend(events=known, k=1)
+                explain_user(self.retriever, known, events=known)
         # Its lists are those of the bundle's own users, which takes seconds: not with the first
         # request.
         self.served = Served(reference_of(self.retriever))
