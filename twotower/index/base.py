@@ -127,7 +127,7 @@ class LibraryIndex(Index, Protocol):
 
 
 class ShardedIndex(abc.ABC):
-    """An index in shards; see `twotower.index.shards.divided.DividedIndex`.
+    """What an index in shards has beside an `Index`; see `twotower.index.shards.divided`.
 
     Attributes:
         parts: Index of each shard.
@@ -135,8 +135,6 @@ class ShardedIndex(abc.ABC):
         is_exact: Whether all shards compare all their items.
     """
 
-    kind: str
-    num_items: int
     dim: int
     normalized: bool
     parts: tuple[Index, ...]
@@ -155,22 +153,10 @@ class ShardedIndex(abc.ABC):
             exclude: Rows that must not come back, one list a query; of exact shards alone.
         """
 
-    @abc.abstractmethod
-    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
-        """See `Index.save`."""
-
 
 class RemoteSearch(abc.ABC):
-    """An index whose items other processes hold, with their columns."""
-
-    kind: str
-    num_items: int
-    dim: int
-    normalized: bool
-
-    @abc.abstractmethod
-    def search(self, queries: ArrayLike, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the best items of each query, best first; see `Index.search`."""
+    """What an index has beside an `Index` where other processes hold its items and their
+    columns."""
 
     @abc.abstractmethod
     def search_items(
@@ -196,10 +182,6 @@ class RemoteSearch(abc.ABC):
             popularity_weight: Factor of an item's log count in its score.
             cosine: Whether cosines rank in the place of dot products.
         """
-
-    @abc.abstractmethod
-    def save(self, folder: str | os.PathLike) -> dict[str, Any]:
-        """See `Index.save`."""
 
 
 def empty_lists(num_queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:

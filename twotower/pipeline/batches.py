@@ -58,6 +58,16 @@ class Rows:
     def __len__(self) -> int:
         return len(self.user)
 
+    def arrays(self) -> dict[str, Any]:
+        """Returns the arrays that a batch is gathered from, in mappings that may be changed."""
+        return {
+            "user": self.user,
+            "item": self.item,
+            "weight": self.weight,
+            "context": dict(self.context),
+            "labels": dict(self.labels),
+        }
+
     def take(self, index: np.ndarray) -> Rows:
         """Returns some of the rows, by position or by mask."""
         # A tree with None for missing times, which `map` leaves out.
@@ -138,14 +148,9 @@ class InteractionExamples:
     name = "training rows"
 
     def __init__(self, rows: Rows, features: Features, histories: EventSpans | None = None) -> None:
-        self.data = {
-            "user": rows.user,
-            "item": rows.item,
-            "weight": rows.weight,
-            "context": dict(rows.context),
+        self.data = rows.arrays() | {
             "user_features": dict(features["user"]),
             "item_features": dict(features["item"]),
-            "labels": dict(rows.labels),
         }
         self._count = len(rows)
         self._history_length = 0

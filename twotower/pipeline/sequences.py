@@ -221,17 +221,12 @@ def sequence_data(rows: Rows, features: Features, histories: Histories) -> dict[
     """
     ordered = rows.take(histories.orders["train"])
     begins = histories.offsets["train"][ordered.user]
-    context = dict(ordered.context)
-    spans = context.pop(SPANS)
-    data = {
-        "user": ordered.user,
-        "item": ordered.item,
-        "weight": ordered.weight,
-        "labels": dict(ordered.labels),
+    data = ordered.arrays()
+    spans = data["context"].pop(SPANS)
+    data |= {
         "begin": begins.astype(np.int32),
         "events": histories.training_events,
         "reads": histories.reads,
-        "context": context,
         "user_features": dict(features["user"]),
         "item_features": dict(features["item"]),
     }

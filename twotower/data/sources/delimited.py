@@ -93,10 +93,7 @@ def read(content: Content, config: TableConfig, name: str) -> Rows:
         pa.ArrowInvalid: The file is no such text.
     """
     form = find_form(content, config, name)
-    reading = _Reading(content, form, name)
-    header = reading.header()
-    names = [column.strip() for column in header]
-    _check_header(names, content.path, name)
+    reading, header, names = _begin(content, form, name)
     table, bad = reading.table(header)
     rows = _with_bad_rows(Rows(table, names, content, form), bad, header, reading)
     _check_rows(rows, bad, name)
@@ -116,10 +113,7 @@ def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[Ro
         pa.ArrowInvalid: The file is no such text.
     """
     form = find_form(content, config, name)
-    reading = _Reading(content, form, name)
-    header = reading.header()
-    names = [column.strip() for column in header]
-    _check_header(names, content.path, name)
+    reading, header, names = _begin(content, form, name)
     first = 0
     bad: list[csv.InvalidRow] = []
     for table in reading.pieces(header, bad):
@@ -142,6 +136,19 @@ def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[Ro
         rows = Rows(_no_rows(names), names, content, form, skipped=_records_of(bad, form))
         _check_rows(rows, bad, name)
         yield rows
+
+
+def _begin(content: Content, form: TableConfig, name: str) -> tuple[_Reading, list[str], list[str]]:
+    """Returns what reads a file, its header, and the names of its columns.
+
+    Raises:
+        ConfigError: Two columns have one name.
+    """
+    reading = _Reading(content, form, name)
+    header = reading.header()
+    names = [column.strip() for column in header]
+    _check_header(names, content.path, name)
+    return reading, header, names
 
 
 def _no_rows(names: list[str]) -> pa.Table:

@@ -211,9 +211,8 @@ def _model_first(figures: Mapping[str, Mapping[str, float]], metric: str) -> lis
 
 
 def _interval_of(measured: Measured, ranking: str) -> Mapping[str, Sequence[float]]:
-    if ranking == "model":
-        return measured.get("model_intervals", {})
-    return measured.get("baselines_intervals", {}).get(ranking, {})
+    # Baselines are measured without one.
+    return measured.get("model_intervals", {}) if ranking == "model" else {}
 
 
 def _ends(ends: Sequence[float] | None) -> str:

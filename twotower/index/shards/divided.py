@@ -56,13 +56,7 @@ class DividedIndex(ShardedIndex):
     def search(
         self, queries: ArrayLike, k: int, *, exclude: Ragged | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the (nearly) best items of each query, best first; see `Index.search`.
-
-        Args:
-            queries: float [Q, D], finite.
-            k: Length of the lists.
-            exclude: Rows that must not come back, one list a query; of exact shards alone.
-        """
+        """Returns the (nearly) best items of each query; see `ShardedIndex.search`."""
         queries = check_queries(queries, self.dim, normalized=self.normalized)
         k = list_length(k, self.num_items)
         # An index refuses 0, which a corpus without items asks for.

@@ -65,15 +65,8 @@ class RowRecords:
     name = "training rows"
 
     def __init__(self, rows: Rows, features: Features, histories: EventSpans | None = None) -> None:
-        context = dict(rows.context)
-        self._spans = context.pop(SPANS, None)
-        arrays = {
-            "user": rows.user,
-            "item": rows.item,
-            "weight": rows.weight,
-            "context": context,
-            "labels": rows.labels,
-        }
+        arrays = rows.arrays()
+        self._spans = arrays["context"].pop(SPANS, None)
         self._head = _flat(arrays)
         self._event: Columns = {}
         self._tables = _tables(features)
@@ -148,15 +141,8 @@ class SequenceRecords:
         self, rows: Rows, features: Features, histories: Histories, packing: SequencePacking
     ) -> None:
         self.name = f"packed rows of {packing.num_slots} events"
-        context = dict(rows.context)
-        self._ends = context.pop(SPANS)[:, 1]
-        arrays = {
-            "user": rows.user,
-            "item": rows.item,
-            "weight": rows.weight,
-            "context": context,
-            "labels": rows.labels,
-        }
+        arrays = rows.arrays()
+        self._ends = arrays["context"].pop(SPANS)[:, 1]
         self._of_row = _flat(arrays)
         self._of_event = _flat({"events": histories.training_events})
         self._order = histories.orders["train"]
