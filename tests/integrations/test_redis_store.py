@@ -80,7 +80,7 @@ def started(tmp_path_factory):
 
 
 @pytest.fixture
-def mortal(tmp_path):
+def own_server(tmp_path):
     """A server that a test may end and start again."""
     server = Server(tmp_path)
     yield server
@@ -224,18 +224,18 @@ def test_what_is_no_list_is_answered_anew(server, store, retriever, garbage):
     assert store.current() is None and not store.vectors("item", ["1"])[1].any()
 
 
-def test_without_redis_work_goes_on_and_with_it_again_too(mortal, retriever):
-    store = RedisStore(mortal.url, timeout=5.0, retry_after=0.0)
+def test_without_redis_work_goes_on_and_with_it_again_too(own_server, retriever):
+    store = RedisStore(own_server.url, timeout=5.0, retry_after=0.0)
     cached = CachedRetriever(retriever, store)
     store.publish("v1", {"item": [block(3)]})
-    mortal.stop()
+    own_server.stop()
     assert list(cached.recommend("1", k=3)) == list(retriever.recommend("1", k=3))
     assert store.vectors("item", ["e0"])[0].shape == (1, 0) and store.current() is None
     with pytest.raises(StoreError, match="Redis did not take the vectors"):
         store.publish("v2", {"item": [block(3)]})
-    mortal.start()
+    own_server.start()
     cached.recommend("1", k=3)
-    assert mortal.client.dbsize() == 1
+    assert own_server.client.dbsize() == 1
 
 
 class Deaf:
@@ -310,12 +310,12 @@ def test_the_command_publishes_a_bundle(server, store, workdir, retriever):
     np.testing.assert_array_equal(store.vectors("item", ids)[0], retriever.bundle.vectors)
 
 
-def test_a_server_finds_the_vectors_of_new_users_and_goes_on_without_redis(mortal, retriever):
+def test_a_server_finds_the_vectors_of_new_users_and_goes_on_without_redis(own_server, retriever):
     pytest.importorskip("msgspec")
     from twotower.serving.answers import Answers
     from twotower.serving.types import Retrieve
 
-    store = RedisStore(mortal.url, timeout=5.0, retry_after=0.0)
+    store = RedisStore(own_server.url, timeout=5.0, retry_after=0.0)
     vectors = np.asarray(retriever.bundle.user_vectors[:1])
     store.publish(bundle_version(retriever), {"user": [(pa.array(["new"]), vectors)]})
     answers = Answers(retriever, find_vector=store.user_vector)
@@ -328,9 +328,9 @@ def test_a_server_finds_the_vectors_of_new_users_and_goes_on_without_redis(morta
     assert listed(request) == listed(known) and not answers.retrieve(request).known
     # Somebody of whom Redis knows nothing either.
     assert answers.retrieve(Retrieve(user_id="other", k=5)).items[0].source != "model"
-    mortal.stop()
+    own_server.stop()
     assert answers.retrieve(request).items[0].source != "model"
-    mortal.start()
+    own_server.start()
     assert listed(request) != listed(known)
     store.publish(bundle_version(retriever), {"user": [(pa.array(["new"]), vectors)]})
     assert listed(request) == listed(known)
