@@ -57,15 +57,15 @@ class Database:
         self._connection.unregister("rows_of_arrow")
 
     def table(self, sql: str) -> pa.Table:
-        """Returns the rows of a query that are few."""
+        """Returns the rows of a query that has few."""
         return self._connection.sql(sql).to_arrow_table()
 
     def columns(self, sql: str) -> list[np.ndarray]:
-        """Returns the columns of a query that are few numbers."""
+        """Returns the columns of a query that has few rows, [N] each."""
         return [column.to_numpy() for column in self.table(sql).columns]
 
     def value(self, sql: str) -> Any:
-        """Returns the one value of a query."""
+        """Returns the value of a query that has one row of one column."""
         ((value,),) = self._connection.execute(sql).fetchall()
         return value
 
