@@ -426,6 +426,20 @@ def test_what_is_empty_unknown_or_broken_says_so_and_what_to_do(browser, site):
         assert len(listed(page)) == 10
 
 
+def test_a_list_is_awaited_as_soon_as_an_option_changes(browser, site):
+    with window(browser, site) as page:
+        settle(page)
+        slide(page, "k", 20)
+        busy = """() => {
+          document.getElementById('k').dispatchEvent(new Event('input'));
+          return document.querySelector('[data-list=main]').getAttribute('aria-busy');
+        }"""
+        # Within the moment that a further change is waited for.
+        assert page.evaluate(busy) == "true"
+        settle(page)
+        assert len(listed(page)) == 20
+
+
 def test_nothing_jumps_while_lists_are_on_their_way(browser, site):
     with window(browser, site) as page:
         settle(page)

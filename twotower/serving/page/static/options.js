@@ -1,16 +1,21 @@
 // The options of a list: sliders, conditions and what it is compared with.
+// `onWait` is called at each change, `onChange` once no other has followed it for a moment.
 import { make } from "./view.js";
 
 const byId = (id) => document.getElementById(id);
 const SLIDERS = ["k", "popularity", "diversity"];
 const DEFAULTS = { k: "10", popularity: "0", diversity: "0" };
 
-export function startOptions(onChange) {
+export function startOptions(onWait, onChange) {
   let columns = [];
   let timer = 0;
-  const changed = () => {
+  const showSliders = () => {
     for (const name of SLIDERS) byId(`${name}-shown`).textContent = byId(name).value;
+  };
+  const changed = () => {
+    showSliders();
     clearTimeout(timer);
+    onWait();
     timer = setTimeout(onChange, 150);
   };
 
@@ -77,8 +82,7 @@ export function startOptions(onChange) {
   const unfold = () => { byId("options").open = wide.matches; };
   wide.addEventListener("change", unfold);
   unfold();
-  changed();
-  clearTimeout(timer);
+  showSliders();
 
   return {
     // Tells what there is to choose from.

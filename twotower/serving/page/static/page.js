@@ -221,6 +221,12 @@ function movesOf(items) {
   return moves;
 }
 
+// What is on its way answers options that no longer hold.
+function awaitLists() {
+  pending?.abort();
+  for (const panel of byId("lists").children) panel.setAttribute("aria-busy", "true");
+}
+
 async function refresh() {
   pending?.abort();
   const current = new AbortController();
@@ -435,7 +441,7 @@ async function watchHealth() {
   healthTimer = setTimeout(watchHealth, state === "ok" ? 15_000 : 1_500);
 }
 
-const controls = startOptions(refresh);
+const controls = startOptions(awaitLists, refresh);
 
 async function begin() {
   isBegun = true;
