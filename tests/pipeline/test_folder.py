@@ -12,6 +12,7 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError, FolderError
 from twotower.pipeline import folder
 from twotower.pipeline.prepare import prepare
+from twotower.training.run import local_folder
 
 HISTORY = {"type": "history", "max_length": 4, "gaps": 4, "request_gap": True}
 
@@ -203,3 +204,15 @@ def test_data_of_another_configuration_is_refused_by_field(saved, log):
     for field, sections in changes.items():
         with pytest.raises(ConfigError, match=field):
             folder.check_fits(path, config_of(log, **sections))
+
+
+@pytest.mark.parametrize("name", ["log.csv", "log.csv/below/it"])
+def test_a_file_in_the_place_of_a_folder_is_refused_in_words(tmp_path, name):
+    (tmp_path / "log.csv").write_text("user,item\n")
+    with pytest.raises(
+        ConfigError, match=r"--data=.*log.csv.*: .*log.csv is a file. Name a folder"
+    ):
+        local_folder(tmp_path / name, "--data")
+    with pytest.raises(ConfigError, match=r"--workdir=.*is a file"):
+        local_folder(tmp_path / name)
+    assert local_folder(tmp_path / "new" / "one") == tmp_path / "new" / "one"

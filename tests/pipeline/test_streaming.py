@@ -1,6 +1,7 @@
 """Streams of records: the batches of the whole log, each example once a pass, on any number of
 processes."""
 
+import json
 import sys
 
 import jax
@@ -149,6 +150,28 @@ def test_processes_write_together_and_a_killed_write_goes_on(tmp_path):
     numbers = np.array([99, 0, 99, 50])
     encoded = [records.encode(n, n + 1).content.tobytes() for n in numbers]
     assert opened.read(numbers) == encoded
+
+
+@pytest.mark.parametrize(
+    ("files", "field"),
+    [
+        (None, "files=None is no list"),
+        ({"0": 1}, "files={.*} is no list"),
+        (["a"], r"files\[0\].file=None is not"),
+        ([{"file": "../x", "records": 100, "bytes": 1}], r"files\[0\].file='../x' is not"),
+        ([{"file": "00000.array_record", "records": True, "bytes": 1}], r"files\[0\].records=True"),
+        ([{"file": "00000.array_record", "records": 100}], r"files\[0\].bytes=None"),
+        ([{"file": "00000.array_record", "records": 99, "bytes": 1}], "files have 99 records"),
+    ],
+)
+def test_a_manifest_that_was_changed_by_hand_is_refused_by_its_field(tmp_path, files, field):
+    records = RowRecords(drawn_rows(), FEATURES)
+    manifest = {"version": shards.VERSION, "layout": records.layout.describe(), "records": 100}
+    if files is not None:
+        manifest["files"] = files
+    (tmp_path / shards.MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(FolderError, match=rf"shards.json: {field}"):
+        Shards(tmp_path, records)
 
 
 def test_files_that_are_missing_cut_or_damaged_are_named(tmp_path):

@@ -21,7 +21,7 @@ from twotower.training.monitoring.monitor import NOT_ASKED, Monitor, Monitoring
 from twotower.training.monitoring.phases import PHASES, Phases
 from twotower.training.monitoring.profile import parse_steps
 from twotower.training.monitoring.rates import Rates, find_kind
-from twotower.training.monitoring.report import describe_run
+from twotower.training.monitoring.report import describe_run, find_run
 from twotower.training.monitoring.step_work import with_rates
 from twotower.training.monitoring.stragglers import SILENT, Beat, Watcher, find_slowest
 from twotower.training.planning.costs import Cost
@@ -277,3 +277,18 @@ def test_the_time_of_a_step_that_never_ended_is_counted(tmp_path, monkeypatch):
     second = Heartbeat(tmp_path, Phases(clock), start=0, steps=9)
     assert second.ledger.total == pytest.approx(640.0)
     assert second.ledger.seconds["away"] == pytest.approx(610.0)
+
+
+@pytest.mark.parametrize("version", ["", "v-3"])
+def test_a_bundle_is_no_run(tmp_path, version):
+    folder = tmp_path / version
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text('{"training": {}}')
+    assert find_run(str(folder)) == folder
+    (folder / "manifest.json").write_text('{"format": "twotower-bundle"}')
+    if version:
+        (tmp_path / "current").write_text("v-3\n")
+        assert not (tmp_path / "config.json").exists()
+    for path in {folder, tmp_path}:
+        with pytest.raises(ConfigError, match="is a bundle, and neither a log nor the folder of a"):
+            find_run(str(path))

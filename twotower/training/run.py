@@ -316,10 +316,18 @@ def local_folder(folder: Path | str, flag: str = "--workdir") -> Path:
     Args:
         folder: Folder, or an address such as gs://BUCKET/FOLDER.
         flag: Name of the flag that holds it.
+
+    Raises:
+        ConfigError: There is a file at the path.
     """
     if is_remote(folder):
         return pull(folder, flag)
-    return Path(folder)
+    path = Path(folder)
+    # Told here: what makes the folder would say that it exists already.
+    for part in (path, *path.parents):
+        if part.exists() and not part.is_dir():
+            raise ConfigError(f"{flag}={folder}: {part} is a file. Name a folder, new or begun.")
+    return path
 
 
 def encoder_folder(workdir: Path) -> Path:

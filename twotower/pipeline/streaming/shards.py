@@ -14,12 +14,13 @@ import functools
 import importlib
 import json
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from twotower.core.errors import FolderError
+from twotower.core.errors import FolderError, echo
 from twotower.core.files import atomic, read_json
 from twotower.core.install import extra
 from twotower.core.progress import progress
@@ -118,7 +119,7 @@ class Shards:
         found = tuple(manifest.get(name) for name in ("version", "layout", "records"))
         if found != expected:
             raise FolderError(f"{folder} holds other records than this run reads. {_CURE}")
-        self._files = manifest["files"]
+        self._files = _read_files(folder, manifest, len(records))
         # Sizes alone, as of prepared data: hashes would read all of it before the first step.
         for entry in self._files:
             _check_size(folder / entry["file"], entry["bytes"])
@@ -186,6 +187,36 @@ def _write_file(records: Records, path: Path, start: int, stop: int) -> None:
                 begin = end
     finally:
         writer.close()
+
+
+def _read_files(folder: Path, manifest: Mapping[str, Any], records: int) -> list[dict[str, Any]]:
+    """Returns the entries of the files in a manifest.
+
+    Args:
+        folder: Folder of the manifest.
+        manifest: Its content.
+        records: Number of records of all files together.
+
+    Raises:
+        FolderError: An entry is none; the message names its field.
+    """
+    files = manifest.get("files")
+    path = folder / MANIFEST
+    if not isinstance(files, list):
+        raise FolderError(f"{path}: files={echo(files)} is no list of files. {_CURE}")
+    total = 0
+    for number, entry in enumerate(files):
+        for field, kind in (("file", str), ("records", int), ("bytes", int)):
+            value = entry.get(field) if isinstance(entry, dict) else None
+            # A name alone: a path would lead out of the folder. A bool is an int in Python.
+            is_right = type(value) is kind
+            if not is_right or (kind is str and value != _file_name(number)):
+                name = f"files[{number}].{field}"
+                raise FolderError(f"{path}: {name}={echo(value)} is not what was written. {_CURE}")
+        total += entry["records"]
+    if total != records:
+        raise FolderError(f"{path}: files have {total:,} records, not {records:,}. {_CURE}")
+    return files
 
 
 def _files(records: Records, file_bytes: int) -> list[tuple[int, int]]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import datetime
+import functools
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from twotower.core.files import read_json
+from twotower.core.errors import ConfigError
+from twotower.core.files import POINTER, read_json
+from twotower.core.install import command
 from twotower.core.remote.mirror import pull
 from twotower.core.remote.objects import Bucket, is_remote
 from twotower.training.monitoring.goodput import format_ledger, read_ledger
@@ -92,14 +96,53 @@ def find_run(path: str) -> Path | None:
 
     Args:
         path: Path of anything.
+
+    Raises:
+        ConfigError: There is a bundle at the path.
     """
     if is_remote(path):
+        bucket = Bucket(path, "--log")
+        # The address of one object, such as a log, which would be read for each name.
+        if bucket.is_object:
+            return None
+        _refuse_bundle(path, bucket.read)
         # Asked for alone first: a log in a bucket may be large, and is no run to copy.
-        if Bucket(path, "--log").read("config.json") is None:
+        if bucket.read("config.json") is None:
             return None
         path = str(pull(path, "--log"))
+    _refuse_bundle(path, functools.partial(_read_below, Path(path)))
     config = Path(path) / "config.json"
     # Other folders may have a file of that name.
     if config.is_file() and "training" in read_json(config):
         return Path(path)
     return None
+
+
+def _read_below(folder: Path, name: str) -> bytes | None:
+    """Returns the content of a file in a folder; None where there is none."""
+    path = folder / name
+    return path.read_bytes() if path.is_file() else None
+
+
+def _refuse_bundle(path: str, read: Callable[[str], bytes | None]) -> None:
+    """Refuses a bundle, which has the configuration of its run, and nothing that is told of one.
+
+    Args:
+        path: Path of anything.
+        read: Function that reads a file below it.
+
+    Raises:
+        ConfigError: There is a bundle.
+    """
+    # The name of the version that counts, in a bundle whose items have changed.
+    version = (read(POINTER) or b"").decode("utf-8", "replace").strip()
+    name = "manifest.json"
+    if re.fullmatch(r"v-\d{1,18}", version):
+        name = f"{version}/{name}"
+    # Other folders may have files of these names.
+    if b'"twotower-bundle"' not in (read(name) or b""):
+        return
+    raise ConfigError(
+        f"--log={path} is a bundle, and neither a log nor the folder of a run. Name its run, or "
+        f"look at what the bundle answers: {command('query', f'--bundle={path}')}"
+    )
