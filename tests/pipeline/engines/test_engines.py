@@ -15,7 +15,7 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.sources import delimited
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.engines import arrays, database, on_disk, unfinished
+from twotower.pipeline.engines import arrays, database, unfinished, writer
 from twotower.pipeline.engines.engine import parse_memory, prepare_folder
 
 extra("duckdb", "duckdb")
@@ -118,7 +118,7 @@ def in_pieces(monkeypatch):
     """Pieces so small that a log of a few hundred rows has many."""
     monkeypatch.setattr(delimited, "PIECE", 4000)
     monkeypatch.setattr(database, "BLOCK", 64)
-    monkeypatch.setattr(on_disk, "BLOCK", 64)
+    monkeypatch.setattr(writer, "BLOCK", 64)
     monkeypatch.setattr(arrays, "_BUCKET", 100)
     monkeypatch.setattr(data_folder, "_BATCH", 150)
 
@@ -162,7 +162,7 @@ def test_what_was_stopped_begins_anew(place, tmp_path, monkeypatch):
     folder = tmp_path / "stopped"
     with monkeypatch.context() as patched:
         # The last step before the manifest.
-        patched.setattr(on_disk.data_folder, "finish", _stop)
+        patched.setattr(writer.data_folder, "finish", _stop)
         # A kill clears nothing.
         patched.setattr(unfinished, "discard", lambda path: None)
         with pytest.raises(KeyboardInterrupt):
@@ -310,6 +310,6 @@ def test_a_folder_of_any_name_is_a_folder(place, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has a question mark"):
         prepare_folder(config, Path("a?b"), **options)
     # What a kill behind the manifest leaves is the size of the log.
-    (folder / on_disk.SCRATCH).mkdir()
+    (folder / unfinished.SCRATCH).mkdir()
     prepare_folder(config, folder, **options)
-    assert not (folder / on_disk.SCRATCH).exists()
+    assert not (folder / unfinished.SCRATCH).exists()

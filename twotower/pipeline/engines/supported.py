@@ -1,0 +1,56 @@
+"""What a log must not ask for to be prepared by an engine that keeps no rows in memory."""
+
+from __future__ import annotations
+
+from twotower.config import Config
+from twotower.core.errors import ConfigError
+from twotower.data.sources.load import describes_items
+from twotower.features.spec import FeatureSpec
+from twotower.pipeline.engines.divide import KINDS
+from twotower.pipeline.engines.log import PARQUET
+from twotower.pipeline.labels import label_columns
+
+# Names of the source whose files are text.
+_TEXT = ("csv", "tsv", "text", "file")
+
+
+def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
+    """Refuses what rows in memory alone have.
+
+    Args:
+        config: Configuration of the run.
+        spec: Features of the run.
+        engine: Kind of engine, for the message.
+
+    Raises:
+        ConfigError: An option is not done here; the message names it.
+    """
+    data = config.data
+    undone = {
+        f"data.source={data.source!r}": data.source not in (*_TEXT, *PARQUET),
+        f"data.item_group={data.item_group!r}": bool(data.item_group),
+        f"data.item_table.path={data.item_table.path!r}, the file of the log": describes_items(
+            data
+        ),
+        f"data.validation.path={data.validation.path!r}": bool(data.validation.path),
+        f"data.test.path={data.test.path!r}": bool(data.test.path),
+        # Padded rows are read once more, when the others are known.
+        "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
+        f"split.kind={config.split.kind!r}": config.split.kind not in KINDS,
+        f"split.ties={config.split.ties!r}": config.split.kind == "leave_last_out"
+        and config.split.ties != "file",
+        f"split.validation_by={config.split.validation_by!r}": config.split.validation_by != "kind",
+    }
+    for column, field in label_columns(config.objective).items():
+        undone[f"{field.removeprefix('config.')}={column!r}"] = True
+    for condition in data.where:
+        if condition and condition[0] in ("user_id", "item_id"):
+            undone[f"data.where={condition!r}"] = True
+    for use in spec.uses().get("user", {}).values():
+        # The form of such times is found on the whole column.
+        undone[f"{use.field}, which reads times of text"] = use.kind == "time" and not use.time
+    for words, is_undone in undone.items():
+        if is_undone:
+            raise ConfigError(
+                f"config.{words} is not done by --engine={engine}: use --engine=memory."
+            )
