@@ -2,25 +2,38 @@
 
     python -m experiments.benchmarks.serving [--bundle=FOLDER] [--quick] [--check] [--peer]
 
-A server of one process on one core (the last one), asked from the others by wrk and hey (Debian's
-packages): ids and scores of ten items, for known users and for histories of twenty items that the
-request brings. The bundle is that of `experiments.benchmarks.bundle`, 200,000 items of width 64.
+Servers of one process on one core (the last one), asked from the others by wrk and hey (Debian's
+packages): ids and scores, for known users and for histories of twenty items that the request
+brings. The bundle is that of `experiments.benchmarks.bundle`, 200,000 items of width 64. Beside
+ours run the servers of `experiments.benchmarks.echo_servers`, which read bodies and write answers
+of the same size and do nothing else; --peer adds the same retriever behind FastAPI, in an
+environment of its own. All take turns of a few seconds, the calls in this process too, so that
+other work on the machine meets all alike; figures are medians over the turns.
 
 The HTTP part is the processor time of the server for a request beyond that of the same call in this
-process, on the same core: at most 60 us are promised. Requests a second at saturation are bounded
-by both: 10^6 / (60 + microseconds in process), of which .8 are promised. At 1,000 requests a second
-hey tells the 99th percentile of the latency, and past saturation wrk tells what is refused and how
-long the slowest wait. --peer adds the same retriever behind FastAPI, in an environment of its own.
+process, on the same core. Promised are 60 us of a core on which a bare application of ASGI takes
+40: at most 1.5 times the bare one's. The call is timed twice, alone and beside a process that keeps
+the other cores busy, as wrk does while the server answers: what look like cores are often threads
+of one, which then slow each other. The HTTP part counts the second, which is above it where wrk
+leaves its core idle for long.
+
+Requests a second at saturation are bounded by both parts: 10^6 / (60 + microseconds in process), of
+which .8 are promised. At 1,000 requests a second hey tells the 99th percentile of the latency; its
+ten connections send in the same moment, so that the last one waits for nine others. Past saturation
+wrk tells what is refused and how long the slowest wait.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,25 +52,32 @@ from experiments.benchmarks.environments import python_with
 _BUNDLE = flags.DEFINE_string("bundle", "", "Folder of the bundles, made where they are missing.")
 _PEER = flags.DEFINE_bool("peer", False, "Also serve by FastAPI.")
 ITEMS = 200_000
-BODIES = 500
+BODIES = 20_000  # as many users: what was read for one is seldom there for the next
+CALLS = 1_000  # in this process, in a turn
 HISTORY = 20
 CONNECTIONS = 32
 BEYOND = 400  # connections past saturation
 HTTP_MICROSECONDS = 60
+HTTP_RATIO = 1.5  # of the HTTP part to the time of the bare server
+KINDS = ("a known user", "a history", "a history, k=50")
+OURS = "twotower"
+BARE = "bare ASGI"
+# Name of a server that does nothing but HTTP -> its kind.
+ECHOES = {BARE: "bare", "Starlette, msgspec": "starlette"}
 TICKS = os.sysconf("SC_CLK_TCK")
-# Least shares; of the ceiling that both parts leave, and of the promised time of the HTTP part.
+# Least shares; of the ceiling that both parts leave, and of the HTTP part that is promised.
 FLOORS = {
     "a known user, of the ceiling": 0.8,
     "a history, of the ceiling": 0.8,
-    "a known user, 60 us / HTTP part": 1.0,
-    "a history, 60 us / HTTP part": 1.0,
+    "a known user, 1.5 bare / HTTP part": 1.0,
+    "a history, 1.5 bare / HTTP part": 1.0,
 }
 # Posts the lines of a file in turn, and counts the statuses of the answers.
 SCRIPT = """
 local bodies = {}
 for line in io.lines("FILE") do bodies[#bodies + 1] = line end
 local headers = {["Content-Type"] = "application/json"}
-local n = 0
+local n = FIRST
 local threads = {}
 ok = 0
 shed = 0
@@ -109,7 +129,9 @@ async def ready():
 @app.post("/v1/retrieve")
 async def retrieve(request: Request) -> Answer:
     if request.history:
-        found = retriever.recommend(rows=[{"history": request.history}], k=request.k)
+        row = {"history": request.history}
+        events = None if request.user_id is None else ()
+        found = retriever.recommend(request.user_id, rows=[row], events=events, k=request.k)
     else:
         found = retriever.recommend(request.user_id, k=request.k)
     return Answer(items=[Item(item_id=x.item_id, score=x.score) for x in found])
@@ -177,46 +199,64 @@ def make_bodies(loaded: Any, folder: Path) -> dict[str, Path]:
     items = loaded.items["item_id"].to_pylist()
     chances = np.maximum(loaded.counts, 1) / np.maximum(loaded.counts, 1).sum()
     files = {}
-    for kind in ("a known user", "a history"):
+    for kind in KINDS:
+        histories = rng.choice(len(items), (BODIES, HISTORY), p=chances).tolist()
         lines = []
-        for _ in range(BODIES):
+        for history in histories:
             body: dict[str, Any] = {"k": 10, "columns": []}
-            if kind == "a known user":
+            if kind != "a history":
                 body["user_id"] = users[rng.integers(len(users))]
-            else:
-                drawn = rng.choice(len(items), HISTORY, p=chances)
-                body["history"] = [items[item] for item in drawn.tolist()]
+            if kind != "a known user":
+                body["history"] = [items[item] for item in history]
+            if kind == "a history, k=50":
+                body["k"] = 50
             lines.append(json.dumps(body))
         files[kind] = folder / f"{kind.replace(' ', '_')}.txt"
         files[kind].write_text("\n".join(lines) + "\n")
     return files
 
 
-def in_process(retriever: Any, path: Path) -> float:
-    """Returns the processor time of the same calls in this process, in microseconds each."""
-    bodies = [json.loads(line) for line in path.read_text().splitlines()]
+def in_process(retriever: Any, bodies: list[dict[str, Any]], turn: int) -> float:
+    """Returns the processor time of calls in this process, in microseconds each.
 
-    def call(body: dict[str, Any]) -> None:
+    Args:
+        retriever: Retriever of the bundle.
+        bodies: Bodies of the requests.
+        turn: Number of the turn: each one takes other bodies.
+    """
+    first = turn * CALLS % len(bodies)
+    chosen = bodies[first : first + CALLS]
+    start = time.process_time()
+    for body in chosen:
         if "history" in body:
-            retriever.recommend(rows=[{"history": body["history"]}], k=10)
+            # As the server asks: what is stored of a known user stands beside the history.
+            events = () if "user_id" in body else None
+            row = {"history": body["history"]}
+            retriever.recommend(body.get("user_id"), rows=[row], events=events, k=body["k"])
         else:
-            retriever.recommend(body["user_id"], k=10)
-
-    for body in bodies:
-        call(body)
-    times = []
-    for _ in range(5 if harness.QUICK.value else 20):
-        start = time.process_time()
-        for body in bodies:
-            call(body)
-        times.append((time.process_time() - start) / len(bodies))
-    return 1e6 * float(np.median(times))
+            retriever.recommend(body["user_id"], k=body["k"])
+    return 1e6 * (time.process_time() - start) / len(chosen)
 
 
-def ask(server: Server, bodies: Path, *, connections: int, seconds: int) -> Load:
-    """Asks a server as fast as it answers, by wrk."""
+@contextlib.contextmanager
+def busy_neighbour() -> Iterator[None]:
+    """Keeps the first core busy, which may be a thread of the core that is measured."""
+    core = min(os.sched_getaffinity(0))
+    command = ["taskset", "-c", str(core), sys.executable, "-c", "while True: pass"]
+    process = subprocess.Popen(command)
+    # The interpreter is started by then.
+    time.sleep(0.3)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def ask(server: Server, bodies: Path, *, connections: int, seconds: int, first: int = 0) -> Load:
+    """Asks a server as fast as it answers, by wrk, from the body of a number on."""
     script = bodies.with_suffix(".lua")
-    script.write_text(SCRIPT.replace("FILE", str(bodies)))
+    script.write_text(SCRIPT.replace("FILE", str(bodies)).replace("FIRST", str(first)))
     before = server.processor_seconds()
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"-s{script}", "--latency"]
     command.append(f"http://127.0.0.1:{server.port}")
@@ -228,9 +268,8 @@ def ask(server: Server, bodies: Path, *, connections: int, seconds: int) -> Load
     return Load(int(ok), int(shed), int(other), duration, slowest, 1e6 * spent / requests)
 
 
-def ask_steadily(server: Server, bodies: Path, *, seconds: int) -> float:
+def ask_steadily(server: Server, body: str, *, seconds: int) -> float:
     """Returns the 99th percentile of the latency at 1,000 requests a second, in milliseconds."""
-    body = bodies.read_text().splitlines()[0]
     command = ["hey", "-z", f"{seconds}s", "-c", "10", "-q", "100", "-m", "POST", "-d", body]
     command += ["-T", "application/json", f"http://127.0.0.1:{server.port}/v1/retrieve"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -255,30 +294,106 @@ def running(
         server.close()
 
 
-def measure(server: Server, files: dict[str, Path], inside: dict[str, float], name: str) -> Any:
-    """Prints and returns the figures of a server, by kind of request."""
-    seconds = 3 if harness.QUICK.value else 10
+def measure(
+    servers: Mapping[str, Server], files: Mapping[str, Path], retriever: Any
+) -> dict[str, dict[str, float]]:
+    """Returns the figures of each server and kind of request, in turns."""
+    turns = 3 if harness.QUICK.value else 7
+    seconds = 1 if harness.QUICK.value else 2
+    bodies = {kind: path.read_text().splitlines() for kind, path in files.items()}
+    inside: dict[str, list[float]] = {kind: [] for kind in files}
+    beside: dict[str, list[float]] = {kind: [] for kind in files}
+    loads: dict[tuple[str, str], list[Load]] = collections.defaultdict(list)
+    p99: dict[tuple[str, str], list[float]] = collections.defaultdict(list)
+    for turn in range(turns + 1):
+        for kind, path in files.items():
+            asked = [json.loads(line) for line in bodies[kind]]
+            with on_last_core():
+                inside[kind].append(in_process(retriever, asked, 2 * turn))
+                with busy_neighbour():
+                    beside[kind].append(in_process(retriever, asked, 2 * turn + 1))
+            first = turn * BODIES // (turns + 1)
+            for name, server in servers.items():
+                load = ask(server, path, connections=CONNECTIONS, seconds=seconds, first=first)
+                loads[name, kind].append(load)
+                p99[name, kind].append(ask_steadily(server, bodies[kind][first], seconds=seconds))
     figures = {}
-    for kind, path in files.items():
-        # The first requests fill caches and the branch predictor.
-        ask(server, path, connections=CONNECTIONS, seconds=1)
-        load = ask(server, path, connections=CONNECTIONS, seconds=seconds)
-        http = load.microseconds - inside[kind]
-        rate = load.ok / load.seconds
-        ceiling = 1e6 / (HTTP_MICROSECONDS + inside[kind])
-        p99 = ask_steadily(server, path, seconds=seconds)
-        figures[f"{name}, {kind}"] = {
-            "in process us": inside[kind],
-            "server us": load.microseconds,
-            "HTTP us": http,
-            "requests/s": rate,
-            "of the ceiling": rate / ceiling,
-            "p99 ms at 1,000/s": p99,
-            "other statuses": load.other,
-        }
-        shown = "".join(f"{value:12.2f}" for value in figures[f"{name}, {kind}"].values())
-        print(f"{name + ', ' + kind:32}{shown}", flush=True)
+    for name in servers:
+        for kind in files:
+            # The first turn fills caches.
+            alone = statistics.median(inside[kind][1:])
+            busy = statistics.median(beside[kind][1:])
+            each = loads[name, kind][1:]
+            cost = statistics.median(load.microseconds for load in each)
+            rate = statistics.median(load.ok / load.seconds for load in each)
+            is_ours = name not in ECHOES
+            bare = statistics.median(x.microseconds for x in loads[BARE, kind][1:])
+            http = cost - busy if is_ours else cost
+            figures[f"{name}, {kind}"] = {
+                "in process us": alone if is_ours else 0.0,
+                "beside a busy core us": busy if is_ours else 0.0,
+                "server us": cost,
+                "HTTP us": http,
+                "HTTP / bare": http / bare,
+                "requests/s": rate,
+                "of the ceiling": rate * (HTTP_MICROSECONDS + alone) / 1e6 if is_ours else 0.0,
+                "p99 ms at 1,000/s": statistics.median(p99[name, kind][1:]),
+                "other statuses": sum(load.other for load in each),
+            }
     return figures
+
+
+@contextlib.contextmanager
+def on_last_core() -> Iterator[None]:
+    """Keeps this process on the core of the servers."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def commands(folder: Path, temporary: Path) -> dict[str, Callable[[int], list[str]]]:
+    """Returns the command of each server by its name, a function of the port."""
+
+    def ours(port: int) -> list[str]:
+        return [sys.executable, "-m", "twotower", "serve", f"--bundle={folder}", f"--port={port}"]
+
+    def echo(kind: str, port: int) -> list[str]:
+        return [sys.executable, "-m", "experiments.benchmarks.echo_servers", kind, str(port)]
+
+    found: dict[str, Callable[[int], list[str]]] = {OURS: ours}
+    for name, kind in ECHOES.items():
+        found[name] = functools.partial(echo, kind)
+    if _PEER.value:
+        path = temporary / "peer.py"
+        path.write_text(FASTAPI)
+        python = python_with("fastapi")
+        if python is None:
+            sys.exit("FastAPI cannot be installed.")
+        found["FastAPI"] = lambda port: [python, str(path), str(folder), str(port)]
+    return found
+
+
+def print_figures(figures: Mapping[str, Mapping[str, float]]) -> None:
+    """Prints a row of each server and kind."""
+    (first, *_) = figures.values()
+    print(", ".join(first))
+    for name, row in figures.items():
+        shown = "".join(f"{value:10.2f}" for value in row.values())
+        print(f"{name:32}{shown}", flush=True)
+
+
+def past_saturation(server: Server, bodies: Path, name: str) -> dict[str, float]:
+    """Prints and returns what becomes of more requests than can be answered."""
+    load = ask(server, bodies, connections=BEYOND, seconds=5)
+    print(
+        f"past saturation, {BEYOND} connections, {name}: {load.ok / load.seconds:,.0f}/s answered, "
+        f"{load.shed / load.seconds:,.0f}/s refused, {load.other} others, "
+        f"slowest {load.slowest:.1f} ms"
+    )
+    return load._asdict()
 
 
 def main(argv: list[str]) -> None:
@@ -286,54 +401,35 @@ def main(argv: list[str]) -> None:
 
     logging.set_verbosity(logging.ERROR)
     items = ITEMS // 10 if harness.QUICK.value else ITEMS
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         kept = Path(_BUNDLE.value or temporary) / f"items-{items}"
         if not (kept / "manifest.json").exists():
             bundle.make(kept, items)
         folder = Path(temporary) / "copy"
         shutil.copytree(kept, folder)
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        retriever = Retriever.load(folder)
-        retriever.warm()
+        with on_last_core():
+            retriever = Retriever.load(folder)
+            retriever.warm()
         files = make_bodies(retriever.bundle, Path(temporary))
-        inside = {kind: in_process(retriever, path) for kind, path in files.items()}
-        os.sched_setaffinity(0, set(range(os.cpu_count() or 1)))
-        columns = "in process, server, HTTP (us), requests/s, of the ceiling, p99 (ms), other"
-        print(f"{items:,} items: {columns}")
-
-        def ours(port: int) -> list[str]:
-            flags_of_server = [f"--bundle={folder}", f"--port={port}"]
-            return [sys.executable, "-m", "twotower", "serve", *flags_of_server]
-
-        with running(ours) as server:
-            figures = measure(server, files, inside, "twotower")
-            load = ask(server, files["a history"], connections=BEYOND, seconds=5)
-        print(
-            f"past saturation, {BEYOND} connections: {load.ok / load.seconds:,.0f}/s answered, "
-            f"{load.shed / load.seconds:,.0f}/s refused, {load.other} others, "
-            f"slowest {load.slowest:.1f} ms"
-        )
-        figures["past saturation"] = load._asdict()
-        if _PEER.value:
-            path = Path(temporary) / "peer.py"
-            path.write_text(FASTAPI)
-            python = python_with("fastapi")
-            if python is None:
-                sys.exit("FastAPI cannot be installed.")
-            # Its own environment has FastAPI alone; all else is that of this process.
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-            def theirs(port: int) -> list[str]:
-                return [python, str(path), str(folder), str(port)]
-
-            with running(theirs, environment) as peer:
-                figures |= measure(peer, files, inside, "FastAPI")
-    harness.write_json("serving", figures, unit="us", base="twotower, a known user")
+        # Environments of their own have FastAPI alone; all else is that of this process.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        servers = {
+            name: stack.enter_context(running(command, environment))
+            for name, command in commands(folder, Path(temporary)).items()
+        }
+        print(f"{items:,} items")
+        figures: dict[str, Any] = measure(servers, files, retriever)
+        print_figures(figures)
+        for name in (OURS, BARE):
+            figures[f"past saturation, {name}"] = past_saturation(
+                servers[name], files["a history"], name
+            )
+    harness.write_json("serving", figures, unit="us", base=f"{BARE}, a known user")
     shares = {}
-    for kind in files:
-        row = figures[f"twotower, {kind}"]
+    for kind in KINDS[:2]:
+        row = figures[f"{OURS}, {kind}"]
         shares[f"{kind}, of the ceiling"] = row["of the ceiling"]
-        shares[f"{kind}, 60 us / HTTP part"] = HTTP_MICROSECONDS / max(row["HTTP us"], 1.0)
+        shares[f"{kind}, 1.5 bare / HTTP part"] = HTTP_RATIO / max(row["HTTP / bare"], 0.01)
     floors.check(shares, FLOORS)
 
 

@@ -98,7 +98,11 @@ def test_a_row_of_plain_values_is_that_of_a_table(retriever, monkeypatch):
     answers = 0
     for _ in range(120):
         rows = draws(retriever, rng)
-        options = [{}, {}, {"user": "nobody"}, {"strict": False}][rng.integers(4)]
+        # With events, be they none, what is stored of a known user stands beside the row.
+        known = {"user": next(iter(users.row_by_id)), "events": ()}
+        options = [{}, {"events": []}, {"user": "nobody"}, {"strict": False}, known, known][
+            rng.integers(6)
+        ]
         found = outcome(retriever, rows, options)
         try:
             row = users.read_one(rows)

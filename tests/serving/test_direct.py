@@ -15,7 +15,7 @@ PATH = b"/direct"
 class Endpoint:
     """Tells the body that it was sent."""
 
-    def reply(self, headers, body):
+    def reply(self, headers, body, arrived):
         return Reply(200, [(b"content-type", b"text/plain")], b"direct " + body)
 
 
@@ -37,7 +37,7 @@ async def usual(scope, receive, send):
 class Broken:
     """Fails in a way that no endpoint foresees."""
 
-    def reply(self, headers, body):
+    def reply(self, headers, body, arrived):
         raise ValueError("a defect")
 
 
@@ -78,6 +78,9 @@ class Connection(DirectProtocol):
 
     def on_direct_end(self):
         self.ended += 1
+
+    def refuse_late(self):
+        self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nlate")
 
 
 @contextlib.contextmanager
@@ -176,6 +179,25 @@ def test_a_request_is_over_once_whether_it_is_answered_or_its_client_goes():
     for leave in ("stop", "stay"):
         written, ended = asyncio.run(ask(leave))
         assert bodies(written) == [b"direct x"] and ended == 1
+
+
+def test_a_request_that_has_waited_too_long_is_refused_and_the_next_one_answered():
+    async def ask(end):
+        with connected(asyncio.get_running_loop()) as (protocol, transport):
+            # Longer than nothing, whatever the clock says.
+            protocol.wait_seconds = -1.0
+            protocol.data_received(post(PATH, b"x"))
+            protocol.end = end
+            await turns()
+            protocol.wait_seconds = 60.0
+            if not end:
+                protocol.data_received(post(PATH, b"y"))
+                await turns()
+            return bodies(transport.written), protocol.ended, transport.is_closed
+
+    assert asyncio.run(ask([])) == ([b"late", b"direct y"], 2, False)
+    # A server that stops keeps no connection open.
+    assert asyncio.run(ask([(b"connection", b"close")])) == ([b"late"], 1, True)
 
 
 def test_a_connection_ends_with_its_answer_while_the_server_stops():

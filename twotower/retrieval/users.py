@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from twotower.core.arrow import pc
 from twotower.features.encoder import Encoder
+from twotower.retrieval.live.segments import ReadValues, values_reader
 from twotower.retrieval.requests import (
     OUR_NAMES,
     PLAIN,
@@ -18,6 +19,7 @@ from twotower.retrieval.requests import (
     HistoryColumn,
     IdColumn,
     Naming,
+    PlainValue,
     ReadColumn,
     Row,
     TimeColumn,
@@ -82,6 +84,29 @@ class UserRows:
     def read_one(self, rows: Any, naming: Naming = OUR_NAMES) -> Row | None:
         """Returns the columns of a single row as `encode_one` takes them; see `read_row`."""
         return read_row(rows, self.columns, naming, self._readers_of(naming))
+
+    def beside_stored(self, user: str, row: Row, brought: Collection[str]) -> Row:
+        """Returns the columns of a row of a request, and those that are stored of its user beside.
+
+        Args:
+            user: Id of a known user.
+            row: Columns that the request brings, as `read_one` gives them.
+            brought: Names of the columns that the request brings, also of those that it says are
+                missing.
+        """
+        number = self.row_by_id[user]
+        columns: dict[str, PlainValue | pa.ChunkedArray] = {}
+        for name, read in self._stored_readers.items():
+            if name in brought:
+                continue
+            # Of a text as it is; all else goes the way of tables.
+            value = None if read is None else read([number])[0]
+            is_plain = getattr(self._all_readers.get(name), "is_plain", None)
+            if value is not None and is_plain is not None and is_plain(value):
+                columns[name] = value
+            else:
+                columns[name] = self._users[name].slice(number, 1)
+        return {**columns, **row, "user_id": user}
 
     def encode_one(self, row: Row) -> dict[str, np.ndarray]:
         """Returns the encoded features of one row, [1, ...] each, as `encode` does.
@@ -237,6 +262,21 @@ class UserRows:
     def _all_readers(self) -> dict[str, ReadColumn]:
         """The readers of all columns under our names."""
         return dict(self._readers_of(Naming()))
+
+    @functools.cached_property
+    def _stored_readers(self) -> dict[str, ReadValues | None]:
+        """The function that reads each stored column that holds texts; None of the others.
+
+        The times at which users were last seen are left out: a recommendation is made now.
+        """
+        readers: dict[str, ReadValues | None] = {}
+        for name in self._users.column_names:
+            if name not in self.columns or name in ("user_id", "timestamp"):
+                continue
+            readers[name] = None
+            if pa.types.is_string(self._users[name].type):
+                readers[name] = values_reader(self._users[name])
+        return readers
 
     @functools.cached_property
     def _columns_of(self) -> dict[str, tuple[str, ...]]:

@@ -361,7 +361,8 @@ class Answers:
         )
         # Before the first search, while refusing costs nothing.
         _check_work(shape)
-        options = dict(made.options)
+        # All columns: the shape may read others than those that the request asks for.
+        options = {**made.options, "columns": None}
         if made.source == "model":
             options["rerank"] = ""  # what is left out may be that which the shape asks for
         notes: list[str] = []
@@ -663,6 +664,7 @@ class Answers:
             "where": request.where,
             "allow": request.allow,
             "deny": request.deny,
+            "columns": self._columns_of(request),
         }
 
     def _options(self, request: types.Retrieve) -> dict[str, Any]:
@@ -683,13 +685,9 @@ class Answers:
         known: bool = True,
     ) -> Answer:
         """Returns the answer of a list that was found."""
-        names = self._columns_of(request)
-        items = []
-        for item in found[request.offset :]:
-            display = item.display
-            if names is not None:
-                display = {name: display[name] for name in names}
-            items.append(Item(item.item_id, item.score, source, display))
+        items = [
+            Item(item.item_id, item.score, source, item.display) for item in found[request.offset :]
+        ]
         return Answer(self._new_id(), self.version, items, known, found.note)
 
     def _columns_of(self, request: types.Listing) -> list[str] | None:

@@ -181,14 +181,15 @@ class Endpoint:
         # Refusals too: a rise of them is what alarms are set to.
         app.count_request(self.name, reply.status, reply.version, time.perf_counter() - start)
 
-    def reply(self, headers: Headers, body: bytes) -> Reply:
+    def reply(self, headers: Headers, body: bytes, arrived: float) -> Reply:
         """Returns the reply to a whole request, of an endpoint that does not wait.
 
         Args:
             headers: Headers of the request, their names in small letters.
             body: Body of the request.
+            arrived: Time at which the request was there, of `time.perf_counter`; the time that it
+                waited for its turn is counted too.
         """
-        start = time.perf_counter()
         app = self._app
         try:
             self._check(headers)
@@ -197,7 +198,7 @@ class Endpoint:
         # The server goes on, whatever one request does.
         except Exception as error:
             reply = self._refuse(error, body)
-        app.count_request(self.name, reply.status, reply.version, time.perf_counter() - start)
+        app.count_request(self.name, reply.status, reply.version, time.perf_counter() - arrived)
         return reply
 
     def _check(self, headers: Headers) -> None:

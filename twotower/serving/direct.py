@@ -8,6 +8,8 @@ that arrived. Everything else goes uvicorn's way.
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -35,12 +37,13 @@ class Reply(NamedTuple):
 class DirectEndpoint(Protocol):
     """An endpoint that waits for nothing."""
 
-    def reply(self, headers: Headers, body: bytes) -> Reply:
+    def reply(self, headers: Headers, body: bytes, arrived: float) -> Reply:
         """Returns the answer to a whole request, or its refusal.
 
         Args:
             headers: Headers of the request, their names in small letters.
             body: Body of the request.
+            arrived: Time at which the request was there, of `time.perf_counter`.
         """
         ...
 
@@ -65,16 +68,19 @@ class DirectProtocol(HttpToolsProtocol):
     Attributes:
         direct: Endpoint by the path of its POST requests.
         idle_seconds: Time after which a connection without a request is closed.
+        wait_seconds: Time after which a request that waits for its turn is refused.
     """
 
     direct: Mapping[bytes, DirectEndpoint]
     idle_seconds: float
+    wait_seconds: float = math.inf
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         # The request whose body arrives, and the one that waits for its turn.
         self._arriving: _Request | None = None
         self._waiting: _Request | None = None
+        self._arrived = 0.0
         self._idle_since = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
 
@@ -89,16 +95,38 @@ class DirectProtocol(HttpToolsProtocol):
         """Headers of answers after which the connection ends; none while it goes on."""
         return []
 
+    def refuse_late(self) -> None:
+        """Refuses a request that has waited for `wait_seconds`."""
+        raise NotImplementedError
+
     def on_direct_end(self) -> None:
         """Is called when a request that was to be answered directly is over."""
+
+    def on_message_begin(self) -> None:
+        # Without the scope of uvicorn's way, which is made by `_go_on_by_uvicorn` where it is read.
+        self.url = b""
+        self.expect_100_continue = False
+        self.headers = []
 
     def on_headers_complete(self) -> None:
         # By the URL as it was sent: one with a query, or written otherwise, goes uvicorn's way.
         endpoint = self.direct.get(self.url)
         if endpoint is None or not self._is_usual():
-            super().on_headers_complete()
+            self._go_on_by_uvicorn()
             return
         self._arriving = _Request(endpoint, self.headers, [])
+
+    def _go_on_by_uvicorn(self) -> None:
+        """Answers the request whose headers are here by a task, as uvicorn does."""
+        url = self.url
+        headers = self.headers
+        expects = self.expect_100_continue
+        super().on_message_begin()
+        self.url = url
+        # Into its list, which the scope holds too.
+        self.headers += headers
+        self.expect_100_continue = expects
+        super().on_headers_complete()
 
     def _is_usual(self) -> bool:
         """Whether a request with these headers can be answered directly, once its body is here."""
@@ -125,6 +153,7 @@ class DirectProtocol(HttpToolsProtocol):
             return
         self._waiting = self._arriving
         self._arriving = None
+        self._arrived = time.perf_counter()
         # Not at once: what has arrived on other connections is counted first, so that too many
         # requests are refused and not queued.
         self.loop.call_soon(self._answer_waiting)
@@ -139,7 +168,7 @@ class DirectProtocol(HttpToolsProtocol):
     def _wait_for_body(self, request: _Request) -> None:
         """Hands a request of which a part is missing over to uvicorn."""
         self._arriving = None
-        super().on_headers_complete()
+        self._go_on_by_uvicorn()
         for part in request.parts:
             super().on_body(part)
 
@@ -152,8 +181,16 @@ class DirectProtocol(HttpToolsProtocol):
         try:
             if self.transport.is_closing():
                 return
+            # Whoever waits behind it would wait even longer, until nobody was answered in time.
+            if time.perf_counter() - self._arrived > self.wait_seconds:
+                self.refuse_late()
+                if self.closing:
+                    self.transport.close()
+                else:
+                    self._rest()
+                return
             body = b"".join(request.parts)
-            reply = request.endpoint.reply(request.headers, body)
+            reply = request.endpoint.reply(request.headers, body, self._arrived)
             closing = self.closing
             head = _HEADS.find(self.server_state.default_headers, reply, closing)
             length = b"content-length: %d\r\n\r\n" % len(reply.body)

@@ -26,6 +26,7 @@ class Limits:
         connections: Connections at once.
         waiting: Requests that are read and not answered; more are refused at once, so that those
             accepted are answered in time.
+        wait: Seconds that a request may wait for its turn; one that has waited longer is refused.
         writes: Changes and events that wait for the disk; more are refused at once.
         rate: Requests a second of each token, and of all clients without one together; None for
             any number.
@@ -39,6 +40,7 @@ class Limits:
     idle: float = 60.0
     connections: int = 2_000
     waiting: int = 100
+    wait: float = 0.5
     writes: int = 64
     rate: int | None = None
     hosts: tuple[str, ...] = ()

@@ -204,6 +204,7 @@ def serve(app: Service, bound: socket.socket) -> None:
     Protocol.served = app
     Protocol.direct = app.direct
     Protocol.idle_seconds = limits.idle
+    Protocol.wait_seconds = limits.wait
     Protocol.hosts = Hosts.at(bound.getsockname()[0], app.limits.hosts)
     absl_logging.get_absl_handler().addFilter(_is_of_the_server)
     config = uvicorn.Config(
@@ -306,6 +307,7 @@ class _Protocol(DirectProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._refusal = 400
         self._is_shed = False
+        self._allowed_host = b""
         self.app = self._accept
 
     def connection_made(self, transport: Any) -> None:
@@ -359,12 +361,18 @@ class _Protocol(DirectProtocol):
         # Fields behind a body in chunks are no headers: a proxy in front has not looked at them.
         if not self._is_in_head:
             return
-        super().on_header(name, value)
-        if self.hosts is None or self.headers[-1][0] != b"host":
+        name = name.lower()
+        # As uvicorn's own method does, whose call would cost as much as all of this one.
+        if name == b"expect" and value.lower() == b"100-continue":
+            self.expect_100_continue = True
+        self.headers.append((name, value))
+        # Most requests of a connection name the same host.
+        if name != b"host" or self.hosts is None or value == self._allowed_host:
             return
         if not self.hosts.allow(value):
             self._refusal = 421
             raise ValueError("the request is meant for another server")
+        self._allowed_host = value
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
@@ -394,8 +402,7 @@ class _Protocol(DirectProtocol):
             return
         # Without a task: refusing must cost less than answering, or nobody is answered any more.
         self._is_shed = False
-        self.served.metrics.shed.inc()
-        self.transport.write(_SHED)
+        self.refuse_late()
         is_kept = self.parser is not None and self.parser.should_keep_alive()
         if self.served.closing or not is_kept:
             self.transport.close()
@@ -416,6 +423,10 @@ class _Protocol(DirectProtocol):
     @property
     def closing(self) -> Headers:
         return self.served.closing
+
+    def refuse_late(self) -> None:
+        self.served.metrics.shed.inc()
+        self.transport.write(_SHED)
 
     def on_direct_end(self) -> None:
         self.served.accepted -= 1

@@ -124,6 +124,11 @@ class BaseSegment:
             self._keep_read(found)
         return [dict(zip(names, found[row] or ())) for row in listed]
 
+    def read_ids(self, rows: Sequence[int]) -> list[str]:
+        """Returns the id of the item in some rows."""
+        names, readers = self._readers
+        return readers[names.index("item_id")](rows)
+
     def _keep_read(self, found: Mapping[int, tuple[Any, ...] | None]) -> None:
         """Keeps the values of rows, at most `MAX_ROWS_READ` of them."""
         if self._has_nested:

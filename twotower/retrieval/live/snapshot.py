@@ -288,6 +288,20 @@ class Snapshot:
                 rows.append(dict(self.memtable.rows[position - base_size]))
         return rows
 
+    def id_texts(self, positions: np.ndarray) -> list[str]:
+        """Returns the id of the item in each position."""
+        base_size = len(self.base)
+        listed = positions.tolist()
+        if not self.num_slots:
+            return self.base.read_ids(listed)
+        ids = self.base.read_ids([position for position in listed if position < base_size])
+        of_base = iter(ids)
+        rows = self.memtable.rows
+        return [
+            next(of_base) if position < base_size else rows[position - base_size]["item_id"]
+            for position in listed
+        ]
+
     def item_ids(self, positions: np.ndarray) -> pa.Array:
         """Returns the id of the item in each position."""
         in_base = positions < len(self.base)
