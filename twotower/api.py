@@ -403,7 +403,7 @@ def prepare(
     Args:
         config: Configuration whose data, split, features and labels are prepared.
         folder: Folder to write to. One that is whole already is left as it is; one that was left
-            half-way is begun anew.
+            half-way is gone on with by "duckdb", where nothing has changed.
         engine: "memory", which reads the whole log, or "duckdb", for one that is larger. Both leave
             the same folder, byte for byte.
         memory: Memory that the engine "duckdb" keeps to.

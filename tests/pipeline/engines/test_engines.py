@@ -1,8 +1,10 @@
-"""The engines leave one folder, byte for byte; what stops half-way counts as nothing."""
+"""The engines leave one folder, byte for byte; what was stopped goes on."""
 
 import errno
 import os
 import re
+import signal
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,9 @@ from pyarrow import parquet
 from tests.extras import extra
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError
-from twotower.data.sources import delimited
+from twotower.data.sources import delimited, files
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.engines import arrays, database, unfinished, writer
+from twotower.pipeline.engines import arrays, database, events, kept_rows, stages, writer
 from twotower.pipeline.engines.engine import parse_memory, prepare_folder
 
 extra("duckdb", "duckdb")
@@ -156,24 +158,10 @@ def test_the_engines_leave_the_same_folder(place, in_pieces, tmp_path, case):
         assert on_disk[name] == data, name
 
 
-def test_what_was_stopped_begins_anew(place, tmp_path, monkeypatch):
+def test_what_is_whole_is_left_as_it_is(place, tmp_path):
     config = config_of(place, CASES["ids alone"])
-    options = {"engine": "duckdb", "max_bad_rows": 1}
-    folder = tmp_path / "stopped"
-    with monkeypatch.context() as patched:
-        # The last step before the manifest.
-        patched.setattr(writer.data_folder, "finish", _stop)
-        # A kill clears nothing.
-        patched.setattr(unfinished, "discard", lambda path: None)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_folder(config, folder, **options)
-    assert not data_folder.is_whole(folder) and (folder / "train.arrow").exists()
-    # As of another configuration, whose arrays are more.
-    (folder / "099.npy").write_bytes(b"half")
-    prepare_folder(config, folder, **options)
-    prepare_folder(config, tmp_path / "whole", **options)
-    assert content(folder) == content(tmp_path / "whole")
-    # Whole, it is left as it is, and is not that of another configuration.
+    folder = tmp_path / "whole"
+    prepare_folder(config, folder, engine="duckdb", max_bad_rows=1)
     written = (folder / data_folder.MANIFEST).stat().st_mtime_ns
     assert prepare_folder(config, folder, engine="memory").rows == 697
     assert (folder / data_folder.MANIFEST).stat().st_mtime_ns == written
@@ -182,20 +170,111 @@ def test_what_was_stopped_begins_anew(place, tmp_path, monkeypatch):
         prepare_folder(other, folder)
 
 
+# Where a preparation is killed: in the midst of each stage, and between some.
+KILLS = [
+    (kept_rows.RowWriter, "write", 3),
+    (database.Database, "insert", 4),
+    (data_folder.TableWriter, "write", 5),
+    (stages.Stages, "drop", 1),
+    (stages.Stages, "finish", 1),
+    (arrays.ArrayFile, "write", 9),
+    (events.Scatter, "add", 2),
+    (data_folder, "finish", 1),
+]
+
+
+def test_what_was_killed_goes_on(place, in_pieces, tmp_path, caplog):
+    config = config_of(place, CASES["histories with times, a context"])
+    options = {"engine": "duckdb", "max_bad_rows": 1, "memory": "400MB"}
+    folder = tmp_path / "killed"
+    for owner, name, call in KILLS:
+        kill_in(owner, name, call, lambda: prepare_folder(config, folder, **options))
+        assert not data_folder.is_whole(folder)
+    # As of another configuration, whose arrays are more.
+    (folder / "099.npy").write_bytes(b"half")
+    # All that is left to do is the manifest.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(database, "open_database", _stop)
+        prepare_folder(config, folder, **options)
+    assert "stopped when the histories are written: it goes on there" in caplog.text
+    prepare_folder(config, tmp_path / "whole", **options)
+    assert content(folder) == content(tmp_path / "whole")
+
+
+def kill_in(owner, name, call, work):
+    """Does some work in a process of its own, which is killed at a call of a function."""
+    child = os.fork()
+    if not child:
+        whole = getattr(owner, name)
+        count = iter(range(1, call))
+
+        def killed(*arguments, **options):
+            if next(count, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*arguments, **options)
+
+        setattr(owner, name, killed)
+        # Whatever else ends the work must not run the rest of the tests a second time.
+        try:
+            work()
+        except BaseException:
+            traceback.print_exc()
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL, (owner, name)
+
+
 def _stop(*_, **__):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("change", ["configuration", "log", "refused"])
+def test_what_has_changed_begins_anew(place, tmp_path, monkeypatch, change):
+    case = CASES["ids alone"]
+    for name in ("a.log.csv", "b.log.csv"):
+        (tmp_path / name).write_bytes((place / name).read_bytes())
+    options = {"engine": "duckdb", "max_bad_rows": 1}
+    folder = tmp_path / "stopped"
+    error = ConfigError("as it is") if change == "refused" else KeyboardInterrupt()
+    with monkeypatch.context() as patched:
+
+        def stop(*_, **__):
+            raise error
+
+        # The last step before the manifest.
+        patched.setattr(writer.data_folder, "finish", stop)
+        with pytest.raises(type(error)):
+            prepare_folder(config_of(tmp_path, case), folder, **options)
+    # A log that was refused once is of no use to anybody.
+    assert folder.exists() == (change != "refused")
+    if change == "log":
+        os.utime(tmp_path / "b.log.csv", (0, 0))
+    if change == "configuration":
+        case = case | {"split": {"validation": 0.2, "test": 0.1}}
+    with monkeypatch.context() as patched:
+        patched.setattr(files, "read_pieces", _stop)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_folder(config_of(tmp_path, case), folder, **options)
+    assert not folder.exists()
+
+
 def test_a_full_disk_is_told_in_one_line(place, tmp_path, monkeypatch):
+    config = config_of(place, CASES["ids alone"])
+    options = {"engine": "duckdb", "max_bad_rows": 1}
+
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(arrays.os, "pwrite", full)
-    config = config_of(place, CASES["ids alone"])
-    with pytest.raises(OSError, match="the disk is full. Make room. .*begins anew"):
-        prepare_folder(config, tmp_path / "full", engine="duckdb", max_bad_rows=1)
-    # What had been written is gone: there is room again.
-    assert not (tmp_path / "full").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(arrays.os, "pwrite", full)
+        with pytest.raises(OSError, match="the disk is full. Make room. .*goes on with what is"):
+            prepare_folder(config, tmp_path / "full", **options)
+    # What no later try reads again is gone: there is room.
+    assert not list((tmp_path / "full").glob("*.npy"))
+    monkeypatch.setattr(files, "read_pieces", _stop)
+    prepare_folder(config, tmp_path / "full", **options)
+    monkeypatch.undo()
+    prepare_folder(config, tmp_path / "whole", **options)
+    assert content(tmp_path / "full") == content(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("engine", ["memory", "duckdb"])
@@ -310,6 +389,6 @@ def test_a_folder_of_any_name_is_a_folder(place, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="has a question mark"):
         prepare_folder(config, Path("a?b"), **options)
     # What a kill behind the manifest leaves is the size of the log.
-    (folder / unfinished.SCRATCH).mkdir()
+    (folder / stages.SCRATCH).mkdir()
     prepare_folder(config, folder, **options)
-    assert not (folder / unfinished.SCRATCH).exists()
+    assert not (folder / stages.SCRATCH).exists()

@@ -6,8 +6,8 @@ r"""Prepares a log into a folder, from which any number of runs train: `train --
 
 The engine "memory" reads the whole log into memory. "duckdb" (extra `duckdb`) prepares a log that
 is larger: rows lie on the disk, below FOLDER, while ids and tables of users and items are in
-memory. Both leave the same folder, byte for byte. A folder that is whole is left as it is; one that
-was stopped half-way is begun anew.
+memory. Both leave the same folder, byte for byte. A folder that is whole is left as it is. One that
+was stopped half-way is gone on with by "duckdb", behind the last stage that was whole.
 
 Rows of a text file that have other fields than the header are refused, unless the configuration
 says otherwise (`bad_rows`); --max_bad_rows=10 leaves out up to ten, and says how many there were.

@@ -22,9 +22,13 @@ class ArrayFile:
         path: File to write.
         dtype: Type of the array.
         shape: Shape of the array.
+
+    Attributes:
+        path: File that is written.
     """
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
+        self.path = path
         self.dtype = np.dtype(dtype)
         self.shape = shape
         # Written by hand, since `np.save` wants the whole array.

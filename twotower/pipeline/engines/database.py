@@ -28,6 +28,10 @@ _SHARE = 0.4
 _FILE = "rows.duckdb"
 
 
+class MemoryTooSmall(ConfigError):
+    """A memory that DuckDB cannot prepare the log in."""
+
+
 class Database:
     """Tables of rows, and queries whose rows come in blocks.
 
@@ -101,14 +105,15 @@ def _blocks(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
 def open_database(folder: Path, memory: int) -> Iterator[Database]:
     """Opens an empty database in a folder, where it also puts what does not fit into memory.
 
-    Its files are gone at the end.
+    Its files are gone at the end. Those that a kill leaves are of no use, and are deleted.
 
     Args:
         folder: Folder of this machine.
         memory: Memory of the whole process in bytes, of which DuckDB takes a part.
 
     Raises:
-        ConfigError: DuckDB is not installed, or the memory is too little for it.
+        ConfigError: DuckDB is not installed.
+        MemoryTooSmall: The memory is too little for the log.
     """
     with extra("duckdb", "--engine=duckdb"):
         import duckdb
@@ -119,6 +124,8 @@ def open_database(folder: Path, memory: int) -> Iterator[Database]:
             f"--data: {str(folder)!r} has a question mark, behind which DuckDB reads options: name "
             "a folder without, or use --engine=memory."
         )
+    for path in (folder / _FILE, folder / f"{_FILE}.wal", folder / "spilled"):
+        discard(path)
     settings = {
         # Nothing is downloaded, whatever a query would like to have.
         "autoinstall_known_extensions": False,
@@ -140,6 +147,6 @@ def open_database(folder: Path, memory: int) -> Iterator[Database]:
         if re.search("max_temp_directory_size|No space left", str(error)):
             raise OSError(f"No space left on device for {folder}: {error}") from error
         reason = str(error).split("\n")[0]
-        raise ConfigError(
+        raise MemoryTooSmall(
             f"--memory={memory / 1e9:g}GB is too little for this log ({reason}): give more."
         ) from error

@@ -17,7 +17,8 @@ from twotower.data.report import DataReport
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
 from twotower.pipeline.engines.on_disk import prepare_on_disk
-from twotower.pipeline.engines.unfinished import SCRATCH, preparing
+from twotower.pipeline.engines.stages import SCRATCH, key_of
+from twotower.pipeline.engines.unfinished import preparing
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.streaming.prepared import write_shards
 from twotower.pipeline.streaming.stream import check_installed
@@ -37,7 +38,8 @@ def prepare_folder(
     shards of a training that streams.
 
     A folder that is whole already is left as it is. One that was left half-way, by a kill or a full
-    disk, counts as empty.
+    disk, is gone on with where the engine has stages, if neither the configuration nor the files
+    have changed; else it counts as empty.
 
     Args:
         config: Configuration whose data, split, features and labels are prepared.
@@ -61,7 +63,7 @@ def prepare_folder(
     size = parse_memory(memory)
     if config.training.input == "stream":
         check_installed()
-    again = "Then give the same command again: it begins anew."
+    again = "Then give the same command again: it goes on with what is whole."
     with explain_full_disk(folder, again), exclusive(folder, "prepare"):
         # Looked at under the lock: another process may have finished it meanwhile.
         if data_folder.is_whole(folder):
@@ -69,7 +71,7 @@ def prepare_folder(
             # Of a preparation that was killed between its last two steps.
             discard(folder / SCRATCH)
         else:
-            with preparing(folder):
+            with preparing(folder, key_of(config, engine, max_bad_rows)):
                 run(config, folder, size, max_bad_rows)
         if config.training.input == "stream":
             encoder = data_folder.load_encoder(folder)

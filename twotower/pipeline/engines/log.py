@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +37,8 @@ from twotower.data.tables import (
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.describe import list_separators
 from twotower.pipeline.engines.database import Database
+from twotower.pipeline.engines.kept_rows import Rows, RowWriter
+from twotower.pipeline.engines.stages import SCRATCH, Stages
 
 # Names of the source whose files are Parquet.
 PARQUET = ("parquet", "arrow", "pq")
@@ -80,31 +85,28 @@ class Log:
         return rows.select(self.schema.names).cast(self.schema)
 
 
-def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
+def read_log(database: Database, config: Config, spec: FeatureSpec, folder: Path) -> Log:
     """Reads the log of a configuration into the table `log` of a database.
 
     Args:
         database: Database, without tables.
         config: Configuration of a run.
         spec: Features of the run.
+        folder: Folder that is being prepared, which keeps the rows as they were read.
 
     Raises:
         ConfigError: The data cannot be read, or can only be a mistake.
     """
     uses = spec.uses()
-    reader = _Reader(database, config, uses, list_separators(spec))
-    reader.read()
+    reader = _Reader(config, uses, list_separators(spec))
+    rows = _read_or_find(reader, folder)
     forms = {}
     written = {}
-    distinct = {}
     # Forms are those of all distinct ids, which fit into memory where the rows do not.
-    for key, column in zip(KEYS, ("u", "i"), strict=True):
-        distinct[key] = database.table(
-            f"SELECT {column} AS id, min(position) AS first FROM raw WHERE {column} IS NOT NULL "
-            "GROUP BY id ORDER BY first"
-        )
-        forms[key] = IdForm.find(distinct[key]["id"])
-        written[key] = written_forms(distinct[key]["id"])
+    for key in KEYS:
+        distinct = rows.ids(key)
+        forms[key] = IdForm.find(distinct)
+        written[key] = written_forms(distinct)
     contract = Contract(**forms, time=reader.contract.time, written=written)
     # After the log, whose contract says how their ids are read.
     sides = _side_tables(config, reader.kind)
@@ -112,10 +114,11 @@ def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
     contract = dataclasses.replace(
         contract, columns={**contract.columns, **reader.contract.columns}
     )
+    codes = {}
     ids = {}
-    for key, name in zip(KEYS, ("users", "items"), strict=True):
-        ids[key] = _code(database, name, reader, contract, key, distinct.pop(key))
-    dropped = _join_codes(database, list(reader.columns.values()))
+    for key in KEYS:
+        codes[key], ids[key] = _codes_of_texts(rows, reader, contract, key)
+    dropped = _insert_rows(database, rows, reader, codes)
     by_name = {raw.name: table for raw, table in zip(sides, tables, strict=True)}
     notes: list[Dropped] = []
     found = []
@@ -150,8 +153,19 @@ def read_log(database: Database, config: Config, spec: FeatureSpec) -> Log:
     return Log(dataset, reader.columns, ids)
 
 
+def _read_or_find(reader: _Reader, folder: Path) -> Rows:
+    """Returns the rows of a log, of an earlier try where that had read them all."""
+    stages = Stages(folder)
+    state = stages.find("rows")
+    if state is not None:
+        return reader.restore(folder / SCRATCH, state)
+    rows = reader.read(folder / SCRATCH)
+    stages.finish("rows", rows.files, reader.state())
+    return rows
+
+
 class _Reader:
-    """The rows of the log, on their way from the files to the table `raw`.
+    """The rows of the log, on their way from its files to those of the folder.
 
     Attributes:
         kind: Kind of files whose name does not tell.
@@ -161,11 +175,10 @@ class _Reader:
         skipped: Note on the rows that were left out; None where there are none.
     """
 
-    def __init__(self, database: Database, config: Config, uses: Uses, separators: dict[str, str]):
+    def __init__(self, config: Config, uses: Uses, separators: dict[str, str]):
         data = config.data
         # `config.data.path` is a short form, as for a log in memory.
         path = data.path or data.interactions.path
-        self._database = database
         self._config = dataclasses.replace(data.interactions, path=path)
         self.kind: Kind = "csv"
         if data.source in PARQUET:
@@ -182,13 +195,19 @@ class _Reader:
         self.schema: pa.Schema = pa.schema([])
         self.columns: dict[str, str] = {}
         self.skipped: Dropped | None = None
+        # Distinct ids of each block by key.
+        self._sizes: dict[str, list[int]] = {}
 
-    def read(self) -> None:
-        """Reads all files.
+    def read(self, scratch: Path) -> Rows:
+        """Reads all files, and returns the rows.
+
+        Args:
+            scratch: Folder to keep the rows in.
 
         Raises:
             ConfigError: They cannot be read, or have no rows.
         """
+        writer = RowWriter(scratch)
         skipped = 0
         places: list[str] = []
         for path, event in files.find_event_files(self._config, "interactions", self.kind):
@@ -203,7 +222,7 @@ class _Reader:
                 if event:
                     part = files.with_event(part, event, "interactions")
                 if len(part.table):
-                    self._add(part)
+                    self._add(part, writer)
         if not self._rows:
             raise ConfigError(
                 f"interactions: {self._config.path} has no rows; config.data.interactions.path "
@@ -211,6 +230,42 @@ class _Reader:
             )
         if skipped:
             self.skipped = note_skipped(skipped, self._rows, places)
+        self._sizes = writer.finish()
+        return Rows(scratch, self._sizes)
+
+    def state(self) -> dict[str, Any]:
+        """Returns what was found when the files were read, as values of JSON."""
+        time = self.contract.time
+        return {
+            "files": self._files,
+            "rows": self._rows,
+            "sizes": self._sizes,
+            "contract": self.contract.to_dict(),
+            # Of no matter to a contract, but told when times are refused.
+            "time": {"is_typed": time.is_typed, "is_text": time.is_text},
+            "schema": base64.b64encode(self.schema.serialize()).decode(),
+            "skipped": None if self.skipped is None else dataclasses.asdict(self.skipped),
+        }
+
+    def restore(self, scratch: Path, state: Mapping[str, Any]) -> Rows:
+        """Takes over what another reader has found, and returns its rows.
+
+        Args:
+            scratch: Folder that it kept them in.
+            state: Its `state`.
+        """
+        self._files = [(row, path) for row, path in state["files"]]
+        self._rows = state["rows"]
+        self._sizes = state["sizes"]
+        contract = Contract.from_dict(state["contract"])
+        time = dataclasses.replace(contract.time, **state["time"])
+        self.contract = dataclasses.replace(contract, time=time)
+        self.schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(state["schema"])))
+        self._name_columns()
+        skipped = state["skipped"]
+        if skipped is not None:
+            self.skipped = Dropped(**{**skipped, "places": tuple(skipped["places"])})
+        return Rows(scratch, self._sizes)
 
     def place(self, position: int) -> str:
         """Returns file and row of a position in the log."""
@@ -224,7 +279,7 @@ class _Reader:
         origin = Origin(name, describe_row or self.place, is_typed=self.kind != "csv")
         return RawTable(rows, self._config, "interactions", origin)
 
-    def _add(self, part: files.Part) -> None:
+    def _add(self, part: files.Part, writer: RowWriter) -> None:
         describe = functools.partial(_place, part)
         # Piece by piece, with the file and line of each row for messages.
         raw = self.raw(part.table, describe).with_our_names()
@@ -233,16 +288,7 @@ class _Reader:
         failed = _first_failed(rows, self._where)
         if not self._rows:
             self._begin(rows)
-        rows = self._as_known(rows, part)
-        numbers = pa.array(np.arange(self._rows, self._rows + len(rows)))
-        keys = [rows[key] for key in KEYS]
-        others = [rows[name] for name in self.columns]
-        names = ["position", "u", "i", *self.columns.values(), "failed"]
-        block = pa.table([numbers, *keys, *others, pa.array(failed)], names)
-        if not self._rows:
-            self._database.create("raw", block)
-        else:
-            self._database.insert("raw", block)
+        writer.write(self._as_known(rows, part), failed)
         self._rows += len(rows)
 
     def _begin(self, rows: pa.Table) -> None:
@@ -256,14 +302,17 @@ class _Reader:
                     "type, leave it out, or use --engine=memory."
                 )
         self.schema = rows.schema
-        others = [name for name in rows.column_names if name not in KEYS]
-        # Names of their own: those of the files may differ by their case alone.
-        self.columns = {name: f"c{number}" for number, name in enumerate(others)}
+        self._name_columns()
         if "timestamp" not in self.columns:
             raise ConfigError(
                 "config.data.interactions: the log has no column 'timestamp', without which "
                 "--engine=duckdb does not order it: use --engine=memory."
             )
+
+    def _name_columns(self) -> None:
+        others = [name for name in self.schema.names if name not in KEYS]
+        # Names of their own: those of the files may differ by their case alone.
+        self.columns = {name: f"c{number}" for number, name in enumerate(others)}
 
     def _as_known(self, rows: pa.Table, part: files.Part) -> pa.Table:
         """Returns rows with the columns and types of those before."""
@@ -289,8 +338,6 @@ class _Reader:
                 )
             # Whole numbers until the first that is none.
             if before == pa.int64() and now == pa.float64():
-                column = self.columns[name]
-                self._database.run(f"ALTER TABLE raw ALTER {column} TYPE DOUBLE")
                 number = self.schema.names.index(name)
                 self.schema = self.schema.set(number, pa.field(name, now))
         # Large whole numbers are rounded, as they are where all of the column is read at once.
@@ -369,68 +416,82 @@ def _side_tables(config: Config, kind: Kind) -> list[RawTable]:
     return tables
 
 
-def _code(
-    database: Database,
-    name: str,
-    reader: _Reader,
-    contract: Contract,
-    key: str,
-    distinct: pa.Table,
-) -> pa.Array:
-    """Makes a table of the codes of ids as the source writes them.
+def _codes_of_texts(
+    rows: Rows, reader: _Reader, contract: Contract, key: str
+) -> tuple[np.ndarray, pa.Array]:
+    """Reads the distinct ids of the log by the form that all of them have.
 
     Args:
-        database: Database to make it in.
-        name: Name of the table.
+        rows: Rows of the log.
         reader: Reader of the log, for messages.
         contract: Form of the ids.
         key: "user_id" or "item_id".
-        distinct: Distinct ids of the source and their first position, in the order of that.
 
     Returns:
-        Texts by code.
+        Code of the text of each distinct id, int32 [D + 1], -1 of what counts as missing and at the
+        end; and the texts by code.
     """
-    raw = reader.raw(distinct)
+    distinct = rows.ids(key)
     try:
-        texts = contract.ids(key, distinct["id"])
+        texts = contract.ids(key, distinct)
     except BadValue as error:
         # The row of a distinct id is that of its first appearance.
         if error.row is not None:
-            error.row = distinct["first"][error.row].as_py()
-        raise raw.refusal(error, key) from None
+            error.row = rows.first_row(key, error.row)
+        raise reader.raw(pa.table({key: distinct})).refusal(error, key) from None
     # Of several spellings of an id the first decides its code, as in a log in memory.
     codes, values = codes_and_values(encode(texts))
-    # Null of what counts as missing, such as blank text.
-    rows = pa.table({"id": distinct["id"], "code": pa.array(codes, mask=codes < 0)})
-    database.create(name, rows)
-    return values
+    return np.append(codes, np.int32(-1)), values
 
 
-def _join_codes(database: Database, columns: Sequence[str]) -> list[Dropped]:
-    """Makes the table `log` of `raw`, and returns notes on the rows without ids."""
-    others = "".join(f"{column}, " for column in columns)
-    database.run(
-        # Rows without a code stay at first, since they are counted before they are dropped.
-        f"CREATE TABLE log AS SELECT position, users.code AS u, items.code AS i, {others} failed "
-        "FROM raw LEFT JOIN users ON raw.u = users.id LEFT JOIN items ON raw.i = items.id"
-    )
-    # As large as the log itself, and not read again.
-    database.run("DROP TABLE raw; DROP TABLE users; DROP TABLE items")
-    total = database.value("SELECT count(*) FROM log")
-    dropped = []
+def _insert_rows(
+    database: Database, rows: Rows, reader: _Reader, codes: Mapping[str, np.ndarray]
+) -> list[Dropped]:
+    """Makes the table `log` of the rows that have ids, and returns notes on the others."""
+    total = 0
     # Users first, as in memory: a row without both counts as one without a user.
-    for column, key in (("u", "user_id"), ("i", "item_id")):
-        before = database.value("SELECT count(*) FROM log")
-        missing = database.value(f"SELECT count(*) FROM log WHERE {column} IS NULL")
-        if missing:
-            dropped.append(Dropped(f"without {key}", missing, before))
-            database.run(f"DELETE FROM log WHERE {column} IS NULL")
-    if not database.value("SELECT count(*) FROM log"):
+    missing = dict.fromkeys(KEYS, 0)
+    kinds = {reader.columns[name]: kind for name, kind in _types(reader.schema)}
+    is_empty = True
+    for block, numbers in rows.blocks():
+        position = np.arange(total, total + len(block))
+        total += len(block)
+        user, item = (codes[key][numbers[key]] for key in KEYS)
+        missing["user_id"] += int((user < 0).sum())
+        missing["item_id"] += int(((user >= 0) & (item < 0)).sum())
+        columns = {"position": position, "u": user, "i": item}
+        for name, kind in kinds.items():
+            # Whole numbers until a later block had another one.
+            columns[name] = block[name].cast(kind, safe=False)
+        columns["failed"] = block["failed"]
+        table = pa.table(columns)
+        has_ids = (user >= 0) & (item >= 0)
+        if not has_ids.all():
+            table = table.filter(pa.array(has_ids))
+        if is_empty:
+            database.create("log", table)
+        else:
+            database.insert("log", table)
+        is_empty = False
+    dropped = []
+    left = total
+    for key, count in missing.items():
+        if count:
+            dropped.append(Dropped(f"without {key}", count, left))
+            left -= count
+    if not left:
         raise ConfigError(
             f"interactions: none of {total} rows has both a user_id and an item_id; check "
             "config.data.interactions.columns, which maps them to columns of the file."
         )
     return dropped
+
+
+def _types(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
+    """Yields name and type of the columns that are no ids."""
+    for field in schema:
+        if field.name not in KEYS:
+            yield field.name, field.type
 
 
 def _ids_of_log(database: Database, key: str, values: pa.Array) -> pa.Array:

@@ -41,7 +41,7 @@ def prepare_on_disk(
     check_supported(config, spec, "duckdb")
 
     def bring(database: Database) -> Log:
-        log = read_log(database, with_bad_rows(config, max_bad_rows), spec)
+        log = read_log(database, with_bad_rows(config, max_bad_rows), spec, folder)
         # Before anything is filtered or written.
         check_bad_rows(log.dataset.dropped, max_bad_rows)
         log = filter_log(database, log, config.data)

@@ -6,21 +6,22 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from absl import logging
+
 from twotower.core.errors import ConfigError
 from twotower.core.files import discard
-from twotower.pipeline.folder import is_own
-
-# Folder inside the prepared one for what is on the disk meanwhile. It marks all files beside it as
-# those of a preparation that has not ended.
-SCRATCH = ".preparing"
+from twotower.pipeline.engines.database import MemoryTooSmall
+from twotower.pipeline.engines.stages import SCRATCH, STAGES, Stages
 
 
 @contextlib.contextmanager
-def preparing(folder: Path) -> Iterator[None]:
-    """Makes a folder ready to be prepared, and empties it again if the block does not end well.
+def preparing(folder: Path, key: str) -> Iterator[None]:
+    """Makes a folder ready to be prepared. If the block does not end well, stages that are whole
+    stay for the next try, unless the log or an option was refused.
 
     Args:
-        folder: Folder that is new, empty, or left by a preparation that was killed.
+        folder: Folder that is new, empty, or left by a preparation that was stopped.
+        key: Hash of all that decides what is prepared; see `twotower.pipeline.engines.stages`.
 
     Raises:
         ConfigError: The folder holds other files, which are not to be lost.
@@ -37,20 +38,21 @@ def preparing(folder: Path) -> Iterator[None]:
             f"--data={folder} holds {min(others)!r}, which no preparation wrote: name a folder "
             "that is new or empty (one in it will do)."
         )
-    _clear(folder)
-    scratch.mkdir()
+    stages = Stages(folder)
+    stages.begin(key)
+    last = stages.last()
+    if last is not None:
+        logging.warning(
+            "%s: an earlier try was stopped when %s: it goes on there.", folder, STAGES[last]
+        )
     try:
         yield
-    # Ctrl-C too. What a kill leaves is cleared by the next command.
-    except BaseException:
-        _clear(folder)
+    # Ctrl-C too. What a kill leaves beside whole stages is cleared by the next try.
+    except BaseException as error:
+        # A mistake is not gone on with; more memory is another way to do the same.
+        if isinstance(error, ConfigError) and not isinstance(error, MemoryTooSmall):
+            stages.clear()
+        else:
+            stages.end()
         raise
     discard(scratch)
-
-
-def _clear(folder: Path) -> None:
-    # The mark last: killed here, the rest still counts as unfinished.
-    for path in folder.iterdir():
-        if is_own(path.name):
-            discard(path)
-    discard(folder / SCRATCH)

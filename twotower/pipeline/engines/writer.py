@@ -18,9 +18,11 @@ import pyarrow as pa
 
 from twotower.config import Config
 from twotower.core.arrays import index_type
+from twotower.core.arrow import join_chunks
 from twotower.core.codes import codes_and_values, positions
 from twotower.core.fields import check_fields
 from twotower.core.progress import progress
+from twotower.data.contract import Contract
 from twotower.data.interactions import PARTS
 from twotower.features.encoder import Encoder
 from twotower.features.fit import fit_encoder
@@ -40,7 +42,7 @@ from twotower.pipeline.engines.events import (
 )
 from twotower.pipeline.engines.log import Log
 from twotower.pipeline.engines.rows import SqlNumbers
-from twotower.pipeline.engines.unfinished import SCRATCH
+from twotower.pipeline.engines.stages import SCRATCH, Stages
 from twotower.pipeline.event_weights import check_any_weight, check_event_weights, check_kinds
 from twotower.pipeline.prepare import columns_of_users, encode_rows
 
@@ -67,10 +69,18 @@ def write_folder(
         ConfigError: The data cannot be used.
         OSError: The disk is full.
     """
-    with open_database(folder / SCRATCH, memory) as database:
-        # Closed in between: its memory goes back before arrays are written.
-        parts = _write_log(database, bring(database), config, spec, folder)
-    _encode(parts, config, spec, folder, memory)
+    stages = Stages(folder)
+    state = stages.find("tables")
+    if state is None:
+        with open_database(folder / SCRATCH, memory) as database:
+            # Closed in between: its memory goes back before arrays are written.
+            parts = _write_log(database, bring(database), config, spec, folder)
+        _keep(parts, stages, folder)
+        # As many bytes as the tables have themselves.
+        stages.drop("rows")
+    else:
+        parts = _find(state, folder)
+    _encode(parts, stages, config, spec, folder, memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +88,11 @@ class _Divided:
     """A log whose parts are tables in the folder.
 
     Attributes:
-        log: The log, with its items restricted to the corpus.
+        users: Table of all users.
+        items: Table of the corpus.
+        item_ids: Ids of items by code, also of those outside of the corpus.
+        contract: Forms in which the log writes ids, times and numbers.
+        has_catalogue: Whether items have a table of their own.
         total: Number of rows that were divided.
         sizes: Rows of each part.
         user_rows: Row of the users table of each code, int32.
@@ -86,12 +100,66 @@ class _Divided:
         user_counts: Rows of each user in each part, int64 [3, U], by row of the users table.
     """
 
-    log: Log
+    users: pa.Table
+    items: pa.Table
+    item_ids: pa.Array
+    contract: Contract
+    has_catalogue: bool
     total: int
     sizes: Sequence[int]
     user_rows: np.ndarray
     item_rows: np.ndarray
     user_counts: np.ndarray
+
+
+# Fields of `_Divided` that are arrays, in files of these names.
+_ARRAYS = ("user_rows", "item_rows", "user_counts")
+
+
+def _keep(parts: _Divided, stages: Stages, folder: Path) -> None:
+    """Marks the tables as whole, with all that is known of their rows."""
+    scratch = folder / SCRATCH
+    files = [folder / data_folder.table_file(name) for name in data_folder.TABLES]
+    # With the report, which is not made again.
+    files += [path for path in folder.glob("report.json")]
+    files += [_positions_file(folder, part) for part in PARTS]
+    for name in _ARRAYS:
+        files.append(scratch / f"{name}.npy")
+        np.save(files[-1], getattr(parts, name), allow_pickle=False)
+    ids = pa.table({"item_id": parts.item_ids})
+    files.append(scratch / "item_ids.arrow")
+    with data_folder.TableWriter(files[-1], ids.schema) as writer:
+        writer.write(ids)
+    state = {
+        "contract": parts.contract.to_dict(),
+        "has_catalogue": parts.has_catalogue,
+        "total": parts.total,
+        "sizes": list(parts.sizes),
+    }
+    stages.finish("tables", files, state)
+
+
+def _find(state: Mapping[str, Any], folder: Path) -> _Divided:
+    """Returns what `_keep` has kept, by the state that it has left."""
+    scratch = folder / SCRATCH
+    arrays = {name: np.load(scratch / f"{name}.npy", allow_pickle=False) for name in _ARRAYS}
+    tables = {}
+    for name in ("users", "items"):
+        tables[name] = data_folder.map_table(folder / data_folder.table_file(name))
+    ids = data_folder.map_table(scratch / "item_ids.arrow")
+    return _Divided(
+        item_ids=join_chunks(ids["item_id"]),
+        contract=Contract.from_dict(state["contract"]),
+        has_catalogue=state["has_catalogue"],
+        total=state["total"],
+        sizes=state["sizes"],
+        **tables,
+        **arrays,
+    )
+
+
+def _positions_file(folder: Path, part: str) -> Path:
+    return folder / SCRATCH / f"{part}.positions"
 
 
 def _write_log(
@@ -127,7 +195,18 @@ def _write_log(
     train = data_folder.map_table(folder / data_folder.table_file("train"))
     report = describe_numbers(config, spec, dataset, numbers, train)
     report.save(folder)
-    return _Divided(log, numbers.num_rows, numbers.part_rows, user_rows, item_rows, user_counts)
+    return _Divided(
+        users=dataset.users,
+        items=dataset.items,
+        item_ids=log.ids["item_id"],
+        contract=dataset.contract,
+        has_catalogue=dataset.has_catalogue,
+        total=numbers.num_rows,
+        sizes=numbers.part_rows,
+        user_rows=user_rows,
+        item_rows=item_rows,
+        user_counts=user_counts,
+    )
 
 
 def _checked(log: Log, numbers: SqlNumbers, config: Config) -> Log:
@@ -164,7 +243,7 @@ def _write_tables(database: Database, log: Log, folder: Path) -> None:
     for part in PARTS:
         path = folder / data_folder.table_file(part)
         writers.append(data_folder.TableWriter(path, log.schema))
-        places.append(open(folder / SCRATCH / f"{part}.positions", "wb"))
+        places.append(open(_positions_file(folder, part), "wb"))
     sql = f"SELECT u, i{others}, part FROM log ORDER BY position"
     for block in database.blocks(sql, total, "writing rows"):
         number = block["part"].to_numpy()
@@ -184,52 +263,100 @@ def _write_tables(database: Database, log: Log, folder: Path) -> None:
 
 def _encode(
     parts: _Divided,
+    stages: Stages,
     config: Config,
     spec: FeatureSpec,
     folder: Path,
     memory: int,
 ) -> None:
     """Fits the encoder to the training rows of the folder, and writes its arrays."""
-    dataset = parts.log.dataset
-    users = dataset.users
-    items = dataset.items
     train = data_folder.map_table(folder / data_folder.table_file("train"))
-    encoder = fit_encoder(spec, train, users=users, items=items)
-    encoder = dataclasses.replace(encoder, contract=dataset.contract)
+    if stages.find("encoder") is None:
+        encoder = fit_encoder(spec, train, users=parts.users, items=parts.items)
+        encoder = dataclasses.replace(encoder, contract=parts.contract)
+        encoder.save(folder / "encoder")
+        stages.finish("encoder", [folder / "encoder"], {})
+    else:
+        encoder = Encoder.load(folder / "encoder")
     # Of its columns and types alone: arrays are described before a row is encoded.
     empty = train.slice(0, 0)
     # Before the database takes its share of the memory.
     del train
-    encoder.save(folder / "encoder")
     # Users and items fit into memory, and so do their features.
     features = {
-        "user": encoder.encode("user", users, columns_of_users(encoder)),
-        "item": encoder.encode("item", items),
+        "user": encoder.encode("user", parts.users, columns_of_users(encoder)),
+        "item": encoder.encode("item", parts.items),
     }
-    tree = _array_shapes(parts, config, encoder, features, empty)
-    # All files at once and of their whole size, since histories are written at any place of them.
-    described = data_folder.describe_arrays(tree)
-    files: dict[str, Any] = {}
-    for entry in described:
-        file = ArrayFile(folder / entry["file"], np.dtype(entry["dtype"]), entry["shape"])
-        data_folder.put(files, list(entry["path"]), file)
-    for side, arrays in features.items():
-        for name, values in arrays.items():
-            files["features"][side][name].append(values)
-    with open_database(folder / SCRATCH, memory) as database:
-        _write_rows(database, parts, config, encoder, files, folder)
-        if encoder.spec.history is not None:
+    described = data_folder.describe_arrays(_array_shapes(parts, config, encoder, features, empty))
+    are_encoded = stages.find("arrays") is not None
+    if encoder.spec.history is None:
+        if not are_encoded:
+            _write_arrays(None, parts, stages, config, encoder, described, features, folder)
+    elif stages.find("histories") is None:
+        with open_database(folder / SCRATCH, memory) as database:
+            if are_encoded:
+                # The events alone: a database of a try that was stopped is not trusted.
+                _write_rows(database, parts, config, encoder, None, folder)
+            else:
+                _write_arrays(database, parts, stages, config, encoder, described, features, folder)
+            files = _open_files(described, folder, of_histories=True)
             _write_events(database, parts, encoder, files["histories"], folder / SCRATCH)
-    for file in _files(files):
-        file.close()
+            stages.finish("histories", _close_files(files), {})
     data_folder.finish(
         folder,
         config,
         encoder,
         rows=dict(zip(PARTS, parts.sizes)),
         arrays=described,
-        has_catalogue=dataset.has_catalogue,
+        has_catalogue=parts.has_catalogue,
     )
+
+
+def _write_arrays(
+    database: Database | None,
+    parts: _Divided,
+    stages: Stages,
+    config: Config,
+    encoder: Encoder,
+    described: Sequence[Mapping[str, Any]],
+    features: Mapping[str, Mapping[str, np.ndarray]],
+    folder: Path,
+) -> None:
+    """Writes all arrays but those of histories; see `_write_rows`."""
+    files = _open_files(described, folder, of_histories=False)
+    for side, arrays in features.items():
+        for name, values in arrays.items():
+            files["features"][side][name].append(values)
+    _write_rows(database, parts, config, encoder, files, folder)
+    stages.finish("arrays", _close_files(files), {})
+
+
+def _open_files(
+    described: Sequence[Mapping[str, Any]], folder: Path, *, of_histories: bool
+) -> dict[str, Any]:
+    """Opens the files of arrays, by the names that lead to them.
+
+    Args:
+        described: Description of all arrays, see `twotower.pipeline.folder.describe_arrays`.
+        folder: Folder of the files.
+        of_histories: Whether to open those of histories, or all others.
+    """
+    files: dict[str, Any] = {}
+    for entry in described:
+        path = list(entry["path"])
+        if (path[0] == "histories") == of_histories:
+            # Of its whole size, since histories are written at any place of their files.
+            file = ArrayFile(folder / entry["file"], np.dtype(entry["dtype"]), entry["shape"])
+            data_folder.put(files, path, file)
+    return files
+
+
+def _close_files(files: Mapping[str, Any]) -> list[Path]:
+    paths = []
+    for file in _files(files):
+        file.close()
+        paths.append(file.path)
+    return paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +395,7 @@ def _array_shapes(
         events: dict[str, np.dtype] = {f"{feature.name}/{feature.reads[0]}": np.dtype(np.int32)}
         if feature.is_weighted:
             events[HISTORY_WEIGHT] = np.dtype(np.float32)
-        num_users = len(parts.log.dataset.users)
+        num_users = len(parts.users)
         shapes = history_shapes(feature, events, num_users, parts.sizes)
         tree["histories"] = _shaped(shapes)
     return tree
@@ -308,37 +435,35 @@ def _files(tree: Mapping[str, Any]) -> Iterator[ArrayFile]:
 
 
 def _write_rows(
-    database: Database,
+    database: Database | None,
     parts: _Divided,
     config: Config,
     encoder: Encoder,
-    files: Mapping[str, Any],
+    files: Mapping[str, Any] | None,
     folder: Path,
 ) -> None:
-    """Writes the arrays of the rows of all parts, and makes the table `events` of them."""
-    feature = encoder.spec.history
+    """Writes the arrays of the rows of all parts, and makes the table `events` of them.
+
+    Args:
+        database: Database to make the table in; None where there are no histories.
+        parts: The log.
+        config: Configuration of the run.
+        encoder: Fitted encoder.
+        files: Files of the arrays; None where they are written already.
+        folder: Folder with the tables of the parts.
+    """
     event_weights = config.data.weight_by_event()
-    item_ids = parts.log.ids["item_id"]
-    vocabulary_rows = np.zeros(0, np.int32)
-    if feature is not None:
-        vocabulary = encoder.fitted["user", feature.name].require_vocabulary()
-        vocabulary_rows = vocabulary.rows(item_ids)
-        # Four bytes a row less, where they suffice.
-        number = "BIGINT" if parts.total >= 2**31 else "INTEGER"
-        database.run(
-            f"CREATE TABLE events (u INTEGER, t BIGINT, place {number}, joined {number}, "
-            "item INTEGER, w FLOAT)"
-        )
+    events = None
+    if database is not None:
+        events = _EventTable(database, parts, encoder)
+    place_type = np.dtype(index_type(parts.total))
     joined = 0
     # Part after part, as the arrays of a part and its table have one order.
     for part, size in zip(PARTS, parts.sizes, strict=True):
-        path = folder / data_folder.table_file(part)
-        blocks = _blocks_of_file(path)
+        blocks = _blocks_of_file(folder / data_folder.table_file(part))
         total = -(-size // BLOCK)
-        arrays = files[part]
         has_weight = False
-        places = files["file_positions"][part]
-        written = open(folder / SCRATCH / f"{part}.positions", "rb")
+        written = open(_positions_file(folder, part), "rb")
         for rows in progress(blocks, total=total, what=f"encoding {part}", seconds=10.0):
             # The file has the codes of the log: no id is looked up again.
             user = parts.user_rows[codes_and_values(rows["user_id"])[0]]
@@ -346,21 +471,64 @@ def _write_rows(
             item = parts.item_rows[item_codes]
             encoded = encode_rows(rows, user, item, encoder, {}, event_weights)
             has_weight |= bool(encoded.weight.any())
-            _append(arrays, _leaves_of(encoded))
-            place = np.fromfile(written, places.dtype, len(rows))
-            places.append(place)
-            if feature is not None:
-                time = encoded.timestamp
-                weights = _log_weights(encoder, rows, time)
+            place = np.fromfile(written, place_type, len(rows))
+            if files is not None:
+                _append(files[part], _leaves_of(encoded))
+                files["file_positions"][part].append(place)
+            if events is not None:
                 number = joined + np.arange(len(rows))
-                # What a history needs of a row: the others need not be sorted.
-                columns = [user, time, place, number, vocabulary_rows[item_codes]]
-                names = ["u", "t", "place", "joined", "item", "w"]
-                database.insert("events", pa.table([*map(pa.array, columns), weights], names))
+                events.add(rows, encoded, item_codes, place, number)
             joined += len(rows)
         written.close()
         if part == "train":
             check_any_weight(has_weight)
+
+
+class _EventTable:
+    """The table `events`: of each row what a history needs, so that no more is sorted.
+
+    Args:
+        database: Database to make it in.
+        parts: The log.
+        encoder: Fitted encoder, with a history.
+    """
+
+    def __init__(self, database: Database, parts: _Divided, encoder: Encoder):
+        feature = encoder.spec.history
+        assert feature is not None
+        vocabulary = encoder.fitted["user", feature.name].require_vocabulary()
+        self._rows_of_items = vocabulary.rows(parts.item_ids)
+        self._database = database
+        self._encoder = encoder
+        # Four bytes a row less, where they suffice.
+        number = "BIGINT" if parts.total >= 2**31 else "INTEGER"
+        database.run(
+            f"CREATE TABLE events (u INTEGER, t BIGINT, place {number}, joined {number}, "
+            "item INTEGER, w FLOAT)"
+        )
+
+    def add(
+        self,
+        rows: pa.Table,
+        encoded: Rows,
+        item_codes: np.ndarray,
+        place: np.ndarray,
+        joined: np.ndarray,
+    ) -> None:
+        """Adds rows.
+
+        Args:
+            rows: Rows of a part.
+            encoded: The same as arrays.
+            item_codes: Code of the item of each.
+            place: Position of each in the file.
+            joined: Position of each among the rows of all parts.
+        """
+        weights = _log_weights(self._encoder, rows, encoded.timestamp)
+        items = self._rows_of_items[item_codes]
+        columns = [encoded.user, encoded.timestamp, place, joined, items]
+        names = ["u", "t", "place", "joined", "item", "w"]
+        self._database.insert("events", pa.table([*map(pa.array, columns), weights], names))
 
 
 def _log_weights(encoder: Encoder, rows: pa.Table, time: np.ndarray | None) -> pa.Array:
