@@ -17,8 +17,10 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.sources import delimited, files
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.engines import arrays, database, events, kept_rows, stages, writer
+from twotower.pipeline.engines import arrays, database, events, writer
 from twotower.pipeline.engines.engine import parse_memory, prepare_folder
+from twotower.pipeline.engines.kept import stages
+from twotower.pipeline.engines.kept.rows import RowWriter
 
 extra("duckdb", "duckdb")
 ITEM = {"item_id": {"type": "string", "embedding_size": 8}}
@@ -172,7 +174,7 @@ def test_what_is_whole_is_left_as_it_is(place, tmp_path):
 
 # Where a preparation is killed: in the midst of each stage, and between some.
 KILLS = [
-    (kept_rows.RowWriter, "write", 3),
+    (RowWriter, "write", 3),
     (database.Database, "insert", 4),
     (data_folder.TableWriter, "write", 5),
     (stages.Stages, "drop", 1),

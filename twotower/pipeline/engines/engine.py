@@ -16,8 +16,8 @@ from twotower.core.files import discard, exclusive, explain_full_disk
 from twotower.data.report import DataReport
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
+from twotower.pipeline.engines.kept.stages import SCRATCH, key_of
 from twotower.pipeline.engines.on_disk import prepare_on_disk
-from twotower.pipeline.engines.stages import SCRATCH, key_of
 from twotower.pipeline.engines.unfinished import preparing
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.streaming.prepared import write_shards

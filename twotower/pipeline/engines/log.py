@@ -37,8 +37,8 @@ from twotower.data.tables import (
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.describe import list_separators
 from twotower.pipeline.engines.database import Database
-from twotower.pipeline.engines.kept_rows import Rows, RowWriter
-from twotower.pipeline.engines.stages import SCRATCH, Stages
+from twotower.pipeline.engines.kept.rows import Rows, RowWriter
+from twotower.pipeline.engines.kept.stages import SCRATCH, Stages
 
 # Names of the source whose files are Parquet.
 PARQUET = ("parquet", "arrow", "pq")

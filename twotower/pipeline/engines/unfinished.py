@@ -11,7 +11,7 @@ from absl import logging
 from twotower.core.errors import ConfigError
 from twotower.core.files import discard
 from twotower.pipeline.engines.database import MemoryTooSmall
-from twotower.pipeline.engines.stages import SCRATCH, STAGES, Stages
+from twotower.pipeline.engines.kept.stages import SCRATCH, STAGES, Stages
 
 
 @contextlib.contextmanager
@@ -21,7 +21,7 @@ def preparing(folder: Path, key: str) -> Iterator[None]:
 
     Args:
         folder: Folder that is new, empty, or left by a preparation that was stopped.
-        key: Hash of all that decides what is prepared; see `twotower.pipeline.engines.stages`.
+        key: Hash of all that decides what is prepared; see `twotower.pipeline.engines.kept.stages`.
 
     Raises:
         ConfigError: The folder holds other files, which are not to be lost.

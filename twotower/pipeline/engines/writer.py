@@ -40,9 +40,9 @@ from twotower.pipeline.engines.events import (
     history_shapes,
     write_histories,
 )
+from twotower.pipeline.engines.kept.stages import SCRATCH, Stages
 from twotower.pipeline.engines.log import Log
 from twotower.pipeline.engines.rows import SqlNumbers
-from twotower.pipeline.engines.stages import SCRATCH, Stages
 from twotower.pipeline.event_weights import check_any_weight, check_event_weights, check_kinds
 from twotower.pipeline.prepare import columns_of_users, encode_rows
 

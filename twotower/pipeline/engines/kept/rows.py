@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from twotower.core.arrow import join_chunks
 from twotower.data.contract import KEYS
-from twotower.pipeline.engines.coding import IdCodes, read_tables
+from twotower.pipeline.engines.kept.coding import IdCodes, read_tables
 
 
 class RowWriter:
