@@ -18,11 +18,12 @@ TOKENS = {
 }
 
 
-def make_app(retriever, folder, *, tokens=None, **options):
+def make_app(retriever, folder, *, tokens=None, hook=None, **options):
     """A server that is ready, with its events in a folder."""
     options.setdefault("limits", Limits(seconds=0.3))
     events = EventLog(folder / "events")
-    app = App(Versions(Answers(retriever)), events, access=Access(tokens or {}), **options)
+    versions = Versions(Answers(retriever, hook=hook))
+    app = App(versions, events, access=Access(tokens or {}), **options)
     app.status = "ok"
     return app
 

@@ -88,9 +88,14 @@ def check_bounds(server):
     assert server.raw(other).startswith(b"HTTP/1.1 421")
     assert server.raw(b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
     # As Java's client asks: its offer of another protocol must not cost the body.
-    offer = b"POST /v1/popular HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 7\r\n"
-    offer += b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: h2c\r\n\r\n"
-    assert server.raw(offer + b'{"k":1}').startswith(b"HTTP/1.1 200")
+    head = b"POST /v1/popular HTTP/1.1\r\ncontent-type: application/json\r\ncontent-length: 7\r\n"
+    for other in (b"h2c", b"websocket", b"x/1, TLS/1.0"):
+        offer = head + b"Connection: Upgrade, HTTP2-Settings, close\r\nUpgrade: " + other
+        assert server.raw(offer + b'\r\n\r\n{"k":1}').startswith(b"HTTP/1.1 200")
+    # One in two pieces is refused in words, and so is a tunnel.
+    refused = server.raw(offer.removesuffix(b"grade: " + other), b"grade: a\r\n\r\n{}")
+    assert refused.startswith(b"HTTP/1.1 501") and b"without the header Upgrade" in refused
+    assert server.raw(b"CONNECT a:443 HTTP/1.1\r\nhost: a\r\n\r\n").startswith(b"HTTP/1.1 4")
     # What stands behind a body is no header.
     chunked = b"POST /v1/popular HTTP/1.1\r\nconnection: close\r\ntransfer-encoding: chunked\r\n"
     chunked += b"\r\n2\r\n{}\r\n0\r\ncontent-type: application/json\r\n\r\n"

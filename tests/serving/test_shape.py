@@ -1,12 +1,13 @@
 """Lists that are more than the order of the scores, against what all items at once tell."""
 
+import asyncio
 import collections
 import threading
 
 import numpy as np
 import pytest
 
-from tests.serving.asking import ask, make_app, post, refused
+from tests.serving.asking import ask, make_app, post, refused, send
 from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError
 from twotower.retrieval.rerank import RERANKERS, Reranking
@@ -19,6 +20,7 @@ from twotower.serving.lists.shape import (
     MAX_CANDIDATES,
     Boost,
     Promotion,
+    Reorder,
     Shape,
     make_list,
     search_boosted,
@@ -183,6 +185,62 @@ def test_a_seed_repeats_a_list_page_by_page():
     assert [place.item for place in make(catalogue, length=5)] == catalogue.items[:5]
 
 
+def alternate(pool, k):
+    """Takes the best item of another colour than the one before, as MMR would."""
+    left = list(range(len(pool)))
+    chosen = []
+    while left and len(chosen) < k:
+        colour = pool[chosen[-1]].display["colour"] if chosen else ""
+        others = [row for row in left if pool[row].display["colour"] != colour]
+        chosen.append((others or left)[0])
+        left.remove(chosen[-1])
+    return chosen
+
+
+def best_last(pool, k):
+    """Takes the best, and turns them: its choice of ten is no part of its choice of twenty."""
+    return list(range(min(k, len(pool))))[::-1]
+
+
+@pytest.mark.parametrize(
+    "wishes",
+    [
+        {},
+        {"max_per": {"colour": 8}},
+        {"promotions": [Promotion(SMALL, 20)]},
+        {"explore": 0.5, "seed": 3},
+        {"max_per": {"colour": 9}, "promotions": [Promotion(RED, 10)], "explore": 0.3, "seed": 5},
+        {"boosts": [Boost(RED, add=0.3)]},
+    ],
+    ids=["plain", "caps", "promotions", "explore", "all", "boosts"],
+)
+@pytest.mark.parametrize("choose", [alternate, best_last])
+def test_pages_of_a_re_ranked_list_are_those_of_one_order(choose, wishes):
+    catalogue = Catalogue(200)
+    wishes = {"reorder": Reorder(choose, 30, is_greedy=choose is alternate), **wishes}
+    whole = make(catalogue, length=48, **wishes)
+    for length in (6, 12, 24):
+        assert make(catalogue, length=length, **wishes) == whole[:length]
+    shown = ids(place.item for place in whole)
+    assert len(set(shown)) == len(shown) and shown != sorted(shown, key=int)
+    if len(wishes) == 1:
+        assert sorted(map(int, shown[:30])) == list(range(30))
+        assert shown[30:] == [str(row) for row in range(30, 48)]
+        assert [place.is_behind for place in whole] == [False] * 30 + [True] * 18
+
+
+def test_what_a_re_ranker_leaves_out_comes_on_no_page():
+    catalogue = Catalogue(60)
+    reorder = Reorder(lambda pool, k: [row for row in range(len(pool)) if row % 2], 20)
+    placed = make(catalogue, length=30, reorder=reorder)
+    assert [place.item for place in placed] == catalogue.items[1:20:2]
+    # A corpus that is all in the window.
+    small = Catalogue(9)
+    reorder = Reorder(alternate, 20, is_greedy=True)
+    assert len(make(small, length=30, reorder=reorder)) == 9
+    assert make(Catalogue(0), length=3, reorder=reorder) == []
+
+
 @pytest.fixture(scope="module")
 def app(retriever, tmp_path_factory):
     return make_app(retriever, tmp_path_factory.mktemp("events"))
@@ -307,8 +365,78 @@ def test_a_fallback_that_the_items_do_not_have_is_refused_at_the_start(retriever
         Answers(retriever, fallback="latest")
 
 
-def hook(choose, seconds=10.0):
-    return Hook(Reranking(RerankConfig(kind="mine"), choose), seconds)
+def hook(choose, seconds=10.0, multiple=5):
+    return Hook(Reranking(RerankConfig(kind="mine", multiple=multiple), choose), seconds)
+
+
+@pytest.mark.parametrize("whose", ["known", "nobody"])
+def test_pages_by_diversity_repeat_and_lose_nothing(app, retriever, whose):
+    user = retriever.bundle.users["user_id"][0].as_py() if whose == "known" else "nobody"
+    wishes = {"user_id": user, "diversity": 0.7}
+    answers = [post(app, "retrieve", k=8, offset=8 * page, **wishes) for page in range(6)]
+    pages = [[item["item_id"] for item in answer["items"]] for answer in answers]
+    shown = sum(pages, [])
+    everything = retriever.popular_items(48)
+    if whose == "known":
+        everything = retriever.recommend(user, k=48)
+        assert pages[0] == ids(retriever.recommend(user, k=8, rerank="mmr:diversity=0.7"))
+    # The best forty by score are re-ranked; those behind them follow, and the answer says so.
+    assert sorted(shown[:40]) == sorted(ids(everything)[:40]) and pages[1] != ids(everything)[8:16]
+    assert pages[5] == ids(everything)[40:]
+    assert ["behind the window" in answer.get("note", "") for answer in answers] == [False] * 5 + [
+        True
+    ]
+    # Pages of several lengths fit together by a window of their own.
+    for k, offset in ((5, 0), (11, 5), (24, 16)):
+        page = post(app, "retrieve", k=k, offset=offset, window=40, **wishes)["items"]
+        assert [item["item_id"] for item in page] == shown[offset : offset + k]
+    assert refused(app, "retrieve", user_id=user, window=9)["field"] == "window"
+
+
+def test_pages_of_a_hook_are_those_of_one_order(retriever):
+    user = retriever.bundle.users["user_id"][0].as_py()
+
+    def turn(candidates, k):
+        return np.arange(len(candidates.scores))[:k][::-1]
+
+    answers = Answers(retriever, hook=hook(turn, multiple=3))
+    pages = []
+    for offset in range(0, 24, 6):
+        answer = answers.retrieve(types.Retrieve(user_id=user, k=6, offset=offset))
+        pages.append([item.item_id for item in answer.items])
+    best = ids(retriever.recommend(user, k=24))
+    assert sum(pages, []) == [*best[:18][::-1], *best[18:]]
+
+
+def test_others_are_answered_while_a_hook_works(retriever, tmp_path):
+    user = retriever.bundle.users["user_id"][0].as_py()
+    begun = threading.Event()
+    going_on = threading.Event()
+
+    def slow(candidates, k):
+        begun.set()
+        # Until somebody else was answered.
+        assert going_on.wait(5)
+        return np.arange(k)[::-1]
+
+    mine = hook(slow)
+    app = make_app(retriever, tmp_path, hook=mine)
+
+    async def ask_both():
+        lists = [send(app, "POST", "/v1/retrieve", {"user_id": user, "k": 3}) for _ in range(4)]
+        waiting = asyncio.gather(*lists)
+        await asyncio.to_thread(begun.wait)
+        popular = await send(app, "POST", "/v1/popular", {"k": 1})
+        going_on.set()
+        return popular, await waiting
+
+    popular, answers = asyncio.run(ask_both())
+    assert popular.status_code == 200
+    best = ids(retriever.recommend(user, k=15))
+    for answer in answers:
+        assert [item["item_id"] for item in answer.json()["items"]] == best[:11:-1]
+    # Lists that are made together wait for each other, and none is given up.
+    assert not mine.failures
 
 
 def test_a_hook_ranks_the_candidates_of_the_model(retriever):

@@ -1,5 +1,6 @@
 """A router and its shards: what they say to each other, and both as processes."""
 
+import asyncio
 import dataclasses
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ import pyarrow as pa
 import pytest
 
 from tests.retrieval.runs import make_run
-from tests.serving.asking import ask, make_app
+from tests.serving.asking import ask, make_app, send
 from tests.serving.conftest import FEATURES
 from tests.serving.test_process import Server
 from twotower.core.arrays import Ragged
@@ -19,7 +20,9 @@ from twotower.data.operators import Members
 from twotower.retrieval.export import export
 from twotower.retrieval.retriever import Retriever
 from twotower.retrieval.shards.remote import ShardQuery
-from twotower.serving.errors import RequestError
+from twotower.serving import types as types_of_api
+from twotower.serving.answers import Answers
+from twotower.serving.errors import TOO_MANY_CONNECTIONS, TOO_MANY_REQUESTS, RequestError
 from twotower.serving.shards import types
 from twotower.serving.shards.app import read_access
 from twotower.serving.shards.router import Router
@@ -183,6 +186,54 @@ def test_a_shard_that_is_silent_wrong_or_gone_is_missing_until_it_is_found_again
     router = Router([url, "http://127.0.0.1:9"], seconds=5)
     router.expect("w", 2)
     assert router.look() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("status", "detail"),
+    [(503, TOO_MANY_REQUESTS), (503, TOO_MANY_CONNECTIONS), (429, "Too many.")],
+)
+def test_a_shard_with_too_many_requests_is_missing_from_one_answer_alone(stub, status, detail):
+    url = f"http://127.0.0.1:{stub.server_port}"
+    router = Router([url], seconds=5)
+    router.expect("v", 1)
+    told = []
+    router.report = lambda number, why: told.append(why)
+    router.look()
+    right = dict(stub.answers)
+    for path in right:
+        stub.answers[path] = status, {"title": "", "status": status, "detail": detail}
+    with pytest.raises(RequestError, match="missing: 0") as refusal:
+        search(router)
+    assert refusal.value.status == 503 and refusal.value.retry_after == 1
+    # A look that is refused so says nothing new either.
+    assert told == ["busy"] and router.look() == []
+    with router.watch() as missed, pytest.raises(RequestError):
+        router.search([ShardQuery(np.ones((1, 3), np.float32), 2, Ragged.empty(1))])
+    assert missed == {0}
+    stub.answers.update(right)
+    assert len(search(router)) == 1
+    stub.answers["/v1/shard/info"] = 503, {"title": "", "status": 503, "detail": "Not ready."}
+    assert router.look() == [0]
+
+
+@pytest.mark.parametrize("batch", ["", "/batch"])
+def test_a_router_answers_others_while_it_waits_for_shards(retriever, tmp_path, monkeypatch, batch):
+    # Each waits until the other one waits too.
+    together = threading.Barrier(2)
+
+    def waiting(answers, request):
+        together.wait(10)
+        return types_of_api.Answer("", answers.version, [])
+
+    monkeypatch.setattr(Answers, "retrieve", waiting)
+    app = make_app(retriever, tmp_path, router=Router(["http://127.0.0.1:9"], seconds=1))
+    body = {"requests": [{}]} if batch else {}
+
+    async def both():
+        requests = [send(app, "POST", f"/v1/retrieve{batch}", body) for _ in range(2)]
+        return await asyncio.gather(*requests)
+
+    assert [response.status_code for response in asyncio.run(both())] == [200, 200]
 
 
 @pytest.mark.parametrize(

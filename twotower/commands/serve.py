@@ -168,7 +168,7 @@ _RERANK = flags.DEFINE_string(
 _RERANK_MS = flags.DEFINE_float(
     "rerank_ms",
     20.0,
-    "Milliseconds that --rerank has for a list; so long all others wait too.",
+    "Milliseconds that --rerank has for a list; others are answered meanwhile.",
     lower_bound=0.1,
     flag_values=FLAGS,
 )

@@ -339,3 +339,6 @@ RERANKERS: Kinds[Callable[..., np.ndarray]] = Kinds(
         "max_per_category": "caps",
     },
 )
+
+# Those whose choice of fewer items is the beginning of their choice of more.
+GREEDY = (_rerank_by_diversity, _rerank_by_caps)

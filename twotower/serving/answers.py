@@ -27,14 +27,22 @@ from twotower.retrieval.explain import Reason, explain_likeness, explain_user
 from twotower.retrieval.live.conditions import Conditions, as_conditions
 from twotower.retrieval.match import to_probability
 from twotower.retrieval.requests import TimeColumn
-from twotower.retrieval.rerank import Candidates, resolve_rerank
+from twotower.retrieval.rerank import GREEDY, RERANKERS, Candidates, resolve_rerank
 from twotower.retrieval.retriever import EncodedUser, Recommendation, Recommendations, Retriever
 from twotower.serving import types
 from twotower.serving.errors import RequestError
 from twotower.serving.events import LiveHistories, StoredEvent
 from twotower.serving.lists.cache import VectorCache
 from twotower.serving.lists.hook import Hook
-from twotower.serving.lists.shape import MAX_CANDIDATES, Boost, Promotion, Shape, make_list
+from twotower.serving.lists.shape import (
+    MAX_CANDIDATES,
+    MULTIPLE,
+    Boost,
+    Promotion,
+    Reorder,
+    Shape,
+    make_list,
+)
 from twotower.serving.monitoring.served import Served, reference_of
 from twotower.serving.types import Answer, Item, Source, Vector
 
@@ -44,6 +52,8 @@ VERSION_LETTERS = 12  # of the hash that names a bundle
 
 # Source of an item by what gave it its position, where that is not its score.
 _SOURCES: dict[str, Source] = {"promotion": "promoted", "exploration": "explored"}
+# Note of a page of a re-ranked list.
+_BEHIND = "Items behind the window that is re-ranked follow by their scores."
 # List of somebody of whom nothing is known.
 Fallback = Literal["popular", "latest", "none"]
 
@@ -165,6 +175,10 @@ class Answers:
             # The model's lists are re-ranked by the retriever itself, unless a hook is there.
             or (self.hook is not None and made.source == "model")
             or (request.diversity is not None and made.source != "model")
+            # Its pages are of one order, which the retriever makes anew for each length.
+            or request.window
+            or (request.offset and self._reorder(request, made.source) is not None)
+            or (self._ranks_whole and made.source == "model")
         )
         if shaped:
             return self._shape(request, made)
@@ -250,7 +264,7 @@ class Answers:
         """Returns how the list of items is made that are like some and unlike others."""
         # Each of these says for whom, or reorders what the model scored; here nobody is meant.
         # Whatever is not left at its default is refused rather than read past.
-        rest = ("user_id", "features", "history", "popularity_weight", "diversity")
+        rest = ("user_id", "features", "history", "popularity_weight", "diversity", "window")
         for name in rest:
             if getattr(request, name):
                 raise RequestError(
@@ -343,6 +357,16 @@ class Answers:
         """Returns the list of a request that wishes more than the order of the scores."""
         self._check_promotions(request.promotions)
         self._check_columns(request.max_per, "max_per.{name}")
+        reorder = self._reorder(request, made.source)
+        # By what the server could do for anybody, and not by who asks.
+        if request.window and self._reorder(request, "model") is None:
+            raise RequestError(
+                400,
+                f"window={request.window}: nothing re-ranks the lists of this server.",
+                field="window",
+                value=str(request.window),
+                cure="Leave it out, or give diversity.",
+            )
         shape = Shape(
             length=request.k + request.offset,
             where=as_conditions(request.where, self.retriever.forms),
@@ -357,7 +381,7 @@ class Answers:
             max_per=request.max_per,
             explore=request.explore,
             seed=request.seed,
-            reorder=self._reorder(request, made.source),
+            reorder=reorder,
         )
         # Before the first search, while refusing costs nothing.
         _check_work(shape)
@@ -377,8 +401,9 @@ class Answers:
         placed = make_list(self.retriever, search, shape)[request.offset :]
         columns = self._columns_of(request)
         items = []
-        for item, by, propensity, is_best in placed:
-            source = _SOURCES.get(by, made.source)
+        for place in placed:
+            source = _SOURCES.get(place.by, made.source)
+            item = place.item
             display = item.display
             if columns is not None:
                 display = {name: display[name] for name in columns}
@@ -388,15 +413,18 @@ class Answers:
                     item.score,
                     source,
                     display,
-                    propensity=propensity,
-                    best=is_best,
+                    propensity=place.propensity,
+                    best=place.is_best,
                 )
             )
         if request.reasons:
             self._explain(items, made)
         # The first search has the conditions of the request alone; those of boosts and promotions
         # may well find nothing.
-        return Answer(self._new_id(), self.version, items, made.known, notes[0])
+        note = notes[0]
+        if any(place.is_behind for place in placed):
+            note = f"{note} {_BEHIND}".lstrip()
+        return Answer(self._new_id(), self.version, items, made.known, note)
 
     def _where_of(self, wish: types.Boost | types.Promotion, field: str) -> Conditions:
         """Returns the conditions of a boost or a promotion.
@@ -431,16 +459,23 @@ class Answers:
                 cure="Keep their sum at 100 or below.",
             )
 
-    def _reorder(
-        self, request: types.Retrieve, source: Source
-    ) -> Callable[[Sequence[Recommendation], int], Sequence[int]] | None:
-        """Returns the function that re-ranks candidates; None where their order stays."""
+    def _reorder(self, request: types.Retrieve, source: Source) -> Reorder | None:
+        """Returns the re-ranking of a list; None where the order of the scores stays."""
         choose: Callable[[Candidates, int], Sequence[int] | np.ndarray] | None = None
+        multiple = MULTIPLE
+        is_greedy = False
         if request.diversity is not None:
             # What a request asks for goes before what the server is set to.
             choose = resolve_rerank(_mmr(request.diversity), RerankConfig())
-        elif source == "model":
-            choose = self.hook or self.retriever.configured_rerank
+            is_greedy = True
+        elif source == "model" and self.hook is not None:
+            choose = self.hook
+            multiple = self.hook.multiple
+        elif source == "model" and self.retriever.configured_rerank is not None:
+            configured = self.retriever.configured_rerank
+            choose = configured
+            multiple = configured.config.multiple
+            is_greedy = not self._ranks_whole
         if choose is None:
             return None
         user = request.user_id
@@ -450,7 +485,19 @@ class Answers:
             positions = choose(self.retriever.candidates(pool, user=name), k)
             return [int(position) for position in positions]
 
-        return reorder
+        return Reorder(reorder, request.window or request.k * multiple, is_greedy)
+
+    @functools.cached_property
+    def _ranks_whole(self) -> bool:
+        """Whether the bundle's re-ranker is one of its owner's own, and no hook is there.
+
+        Its choice of ten need not be the beginning of its choice of twenty: it is asked for the
+        order of the whole window, also for the first page.
+        """
+        configured = self.retriever.configured_rerank
+        if configured is None or self.hook is not None:
+            return False
+        return RERANKERS.choose(configured.config.kind, "kind") not in GREEDY
 
     def _explain(self, items: Sequence[Item], made: _List) -> None:
         """Writes the reason of each item into it."""

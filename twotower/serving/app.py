@@ -8,6 +8,7 @@ import contextlib
 import datetime
 import functools
 import gc
+import inspect
 import random
 import time
 from collections.abc import (
@@ -19,8 +20,9 @@ from collections.abc import (
     MutableMapping,
     Sequence,
 )
+from concurrent.futures import ThreadPoolExecutor
 from types import CoroutineType
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from absl import logging
@@ -64,6 +66,8 @@ Handle = Callable[[Any, str], Any]
 MakeAnswer = Callable[[Answers, Any], types.Answer]
 
 _ANSWERING = ("ok", "stopping")  # statuses in which requests are answered
+R = TypeVar("R")
+MAX_THREADS = 64  # that wait for shards or a hook; more requests wait for one of them
 LOOKS = 4  # of these between two looks at what was served
 FOLLOW_SECONDS = 0.25  # between looks at what other processes have changed
 ENCODER = msgspec.json.Encoder()
@@ -508,8 +512,15 @@ class App(Service):
             router.report = self.metrics.count_shard_failure
         self.impressions = impressions
         # All versions share one hook: see `ListOptions`.
-        if versions.main.hook is not None:
-            versions.main.hook.report = self.metrics.count_rerank_failure
+        hook = versions.main.hook
+        if hook is not None:
+            hook.report = self.metrics.count_rerank_failure
+        # Answers that wait, for shards or for the hook, are made in threads: the loop goes on.
+        self._threads = None
+        if router is not None or hook is not None:
+            workers = min(self.limits.waiting, MAX_THREADS)
+            self._threads = ThreadPoolExecutor(workers, thread_name_prefix="answer")
+        self._shadows: set[asyncio.Task[None]] = set()
         aside = member.folder if member is not None else None
         self.writer = Writer(versions, events, self.limits.writes, aside)
         if impressions is not None:
@@ -666,7 +677,9 @@ class App(Service):
         ]
         made = []
         for name, summary, request, batch, function in kinds:
-            answer = self._count_lists(function)
+            # The hook is for the model's lists; all others wait for shards alone.
+            waits = self.router is not None or name == "retrieve"
+            answer = self._count_lists(function, waits and self._threads is not None)
             made.append(self._make_single(name, summary, request, types.Answer, answer))
             made.append(self._make_batch(name, batch, types.AnswerBatch, answer))
         return made
@@ -687,12 +700,17 @@ class App(Service):
                 answers = choose(version=request.model_version)
             return answers.match(request)
 
+        async def match_in_thread(request: types.Match) -> types.Scores:
+            # The vectors of the items are with the shards.
+            return await self._in_thread(match, request)
+
+        answer = match if self.router is None else match_in_thread
         summary = "The vector of a user."
         return [
             self._make_single("encode_user", summary, types.EncodeUser, types.Vector, encode_user),
             self._make_batch("encode_user", types.EncodeUserBatch, types.VectorBatch, encode_user),
             self._make_single(
-                "match", "Scores of pairs of a user and an item.", types.Match, types.Scores, match
+                "match", "Scores of pairs of a user and an item.", types.Match, types.Scores, answer
             ),
         ]
 
@@ -713,7 +731,7 @@ class App(Service):
             lambda asked, _: function(asked),
             request=request,
             answer=answer,
-            waits=False,
+            waits=inspect.iscoroutinefunction(function),
         )
 
     def _make_batch(
@@ -918,18 +936,47 @@ class App(Service):
             *self.make_probes(),
         ]
 
-    def _count_lists(self, function: MakeAnswer) -> Callable[[Any], types.Answer]:
-        """Returns a function that makes lists by the version of the user, and counts them."""
+    def _count_lists(self, function: MakeAnswer, in_thread: bool) -> Callable[[Any], Any]:
+        """Returns a function that makes lists by the version of the user, and counts them.
+
+        Args:
+            function: Function that makes a list.
+            in_thread: Whether it may wait, and is therefore called in a thread.
+        """
+        versions = self.versions
+        tell = self._tell_lists(function)
+
+        def choose(request: Any) -> Answers:
+            # With each request, since versions come and go.
+            user = getattr(request, "user_id", None)
+            session = getattr(request, "session_id", None)
+            return versions.choose(user, session, request.model_version)
+
+        def answer(request: Any) -> types.Answer:
+            answers = choose(request)
+            made = function(answers, request)
+            tell(answers, request, made)
+            return made
+
+        async def answer_in_thread(request: Any) -> types.Answer:
+            answers = choose(request)
+            made = await self._in_thread(self._make_list, function, answers, request)
+            tell(answers, request, made)
+            return made
+
+        return answer_in_thread if in_thread else answer
+
+    def _tell_lists(self, function: MakeAnswer) -> Callable[[Answers, Any, types.Answer], None]:
+        """Returns a function that counts lists, and keeps what was shown.
+
+        Args:
+            function: Function that makes the lists.
+        """
         count = self.metrics.count_items
         impressions = self.impressions
         versions = self.versions
 
-        def answer(request: Any) -> types.Answer:
-            # With each request, since versions come and go.
-            user = getattr(request, "user_id", None)
-            session = getattr(request, "session_id", None)
-            answers = versions.choose(user, session, request.model_version)
-            made = self._make_list(function, answers, request)
+        def tell(answers: Answers, request: Any, made: types.Answer) -> None:
             items = made.items
             if items:
                 # Most lists are of one source, and counting them costs as much as an item.
@@ -945,6 +992,7 @@ class App(Service):
                 if impressions is not None:
                     # The id is brought into the form of the log by the thread that writes: it costs
                     # as much as a short list.
+                    user = getattr(request, "user_id", None)
                     read_user = answers.retriever.forms.user_id.one
                     impressions.add(user, read_user, request.offset, made)
                 if answers.served is not None:
@@ -954,9 +1002,13 @@ class App(Service):
                 self.metrics.empty.inc()
             if versions.shadow is not None:
                 self._call_shadow(function, request, made)
-            return made
 
-        return answer
+        return tell
+
+    async def _in_thread(self, function: Callable[..., R], *values: Any) -> R:
+        """Returns what a function returns that waits, in a thread."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, function, *values)
 
     def _make_list(self, function: MakeAnswer, answers: Answers, request: Any) -> types.Answer:
         """Returns a list, which says what shards it is without."""
@@ -988,7 +1040,13 @@ class App(Service):
             self.metrics.shadows_skipped.inc()
             return
         loop = asyncio.get_running_loop()
-        loop.call_soon(self._answer_shadow, function, request, made)
+        if self._threads is None:
+            loop.call_soon(self._answer_shadow, function, request, made)
+            return
+        # As the real answer was made. The loop itself holds tasks by weak references alone.
+        task = loop.create_task(self._in_thread(self._answer_shadow, function, request, made))
+        self._shadows.add(task)
+        task.add_done_callback(self._shadows.discard)
 
     def _answer_shadow(self, function: MakeAnswer, request: Any, made: types.Answer) -> None:
         shadow = self.versions.shadow
@@ -1079,7 +1137,10 @@ async def _answer_each(function: Callable[[Any], Any], requests: Sequence[Any]) 
     answers = []
     for number, request in enumerate(requests):
         try:
-            answers.append(function(request))
+            result = function(request)
+            if isinstance(result, CoroutineType):
+                result = await result
+            answers.append(result)
         except Exception as error:
             refusal = explain(error, type(request), ENCODER.encode(request))
             refusal.field = f"requests[{number}].{refusal.field}".rstrip(".")

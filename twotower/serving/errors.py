@@ -25,6 +25,9 @@ from twotower.core.errors import (
 )
 from twotower.serving.types import Problem
 
+# Refusals for the load, which routers tell from those of a shard that cannot answer.
+TOO_MANY_REQUESTS = "Too many requests are waiting."
+TOO_MANY_CONNECTIONS = "Too many connections are open."
 # Beginning of a refusal of the library -> the field of the request that it means; the first that
 # fits. The library names its own arguments, which requests call otherwise in these places.
 _FIELDS = (

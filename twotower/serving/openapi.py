@@ -22,6 +22,7 @@ STATUSES = {
     "415": "The body is not declared as JSON.",
     "408": "The body came too slowly.",
     "429": "Too many requests were sent, or wait; Retry-After says when to come back.",
+    "501": "Processes that hold a part of the bundle each cannot do it.",
     "503": "The server is not ready, or could not do this; Retry-After says when to come back.",
 }
 

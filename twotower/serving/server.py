@@ -29,7 +29,7 @@ from twotower.serving.aliases import Aliases
 from twotower.serving.answers import FindVector
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send, Service
 from twotower.serving.direct import DirectProtocol, Headers
-from twotower.serving.errors import RequestError
+from twotower.serving.errors import TOO_MANY_CONNECTIONS, TOO_MANY_REQUESTS, RequestError
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits
@@ -44,7 +44,7 @@ from twotower.serving.versions.versions import load_all, load_router, restore
 _OVERLOAD = ENCODER.encode(
     RequestError(
         503,
-        "Too many requests are waiting.",
+        TOO_MANY_REQUESTS,
         cure="Send it again later, or to another server.",
     ).to_problem()
 )
@@ -61,7 +61,7 @@ _SHED = b"".join(
         _OVERLOAD,
     ]
 )
-_OFFER = re.compile(rb"\r\nupgrade:(?=[ \t]*h2c[ \t]*\r\n)", re.IGNORECASE)
+_OFFER = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
 GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
@@ -72,6 +72,7 @@ _STATUS_LINES = {
     503: b"HTTP/1.1 503 Service Unavailable\r\n",
     400: b"HTTP/1.1 400 Bad Request\r\n",
     421: b"HTTP/1.1 421 Misdirected Request\r\n",
+    501: b"HTTP/1.1 501 Not Implemented\r\n",
 }
 
 _PROBLEMS = {
@@ -79,7 +80,8 @@ _PROBLEMS = {
     408: "The request did not arrive in time.",
     431: "The headers of the request are too long.",
     421: "This server does not answer to the name in the header Host. --allowed_hosts adds names.",
-    503: "Too many connections are open.",
+    501: "This server speaks HTTP/1.1 alone. Send the request without the header Upgrade.",
+    503: TOO_MANY_CONNECTIONS,
 }
 
 
@@ -327,10 +329,11 @@ class _Protocol(DirectProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        # Java's client offers HTTP/2 with the first request of each connection. The offer may be
-        # left unanswered (RFC 9110, 7.8), but the parser takes what follows for another protocol,
-        # and the body is lost. Of the same length, since a body has one that was told before.
-        if b"h2c" in data:
+        # Java's client offers HTTP/2 with the first request of each connection, others WebSocket.
+        # The offer may be left unanswered (RFC 9110, 7.8), but the parser takes what follows for
+        # another protocol, and the body is lost. Of the same length, since a body has one that was
+        # told before; in none that is JSON a line begins so.
+        if b"grade:" in data:
             data = _OFFER.sub(b"\r\nignored:", data)
         super().data_received(data)
         # The bytes of bodies are bounded by `read_body`, and those of a whole head by `on_header`.
@@ -378,6 +381,10 @@ class _Protocol(DirectProtocol):
         self._is_in_head = False
         self._cancel_head_timer()
         served = self.served
+        # An offer that arrived in two pieces, or in capitals; or CONNECT.
+        if self.parser is not None and self.parser.should_upgrade():
+            self._refusal = 501
+            raise ValueError("another protocol is offered")
         # Requests that wait for the disk take no time of the others, and have a bound of their own.
         if served.accepted - served.waiting_for_disk < served.limits.waiting:
             served.accepted += 1

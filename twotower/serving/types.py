@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 MAX_K = 1_000  # items of a list, those that `offset` leaves out included
 MAX_BATCH = 64  # requests of a batch
+MAX_WINDOW = 1_000  # items that are re-ranked together
 MAX_HISTORY = 1_000  # events of a request
 MAX_IDS = 1_000  # ids that a request allows, denies or names as examples
 MAX_PAIRS = 10_000  # pairs of a match
@@ -126,8 +127,10 @@ class Retrieve(Listing):
             are stored or were sent.
         exclude_seen: Whether to leave out the user's items.
         popularity_weight: Factor of the log of an item's training rows in its score.
-        diversity: Weight of difference from the items before, from 0 to 1 (MMR). More candidates
-            are re-ranked for a later page, which may repeat items: deny those that were shown.
+        diversity: Weight of difference from the items before, from 0 to 1 (MMR).
+        window: Number of the best items by score that `diversity`, or the server's re-ranker,
+            reorders; by default five times `k`. Those behind them follow by score, and `note` says
+            so. Pages fit together where it is the same: for pages of different lengths write it.
         like: Items to find similar ones of, in the place of a user's.
         unlike: Items to stay away from, with `like`.
         boosts: Changes of the scores of some items, one after another.
@@ -146,6 +149,7 @@ class Retrieve(Listing):
     exclude_seen: bool = True
     popularity_weight: Annotated[float, Meta(ge=-1e6, le=1e6)] = 0.0
     diversity: Annotated[float, Meta(ge=0, le=1)] | None = None
+    window: Annotated[int, Meta(ge=1, le=MAX_WINDOW)] | None = None
     like: Examples | None = None
     unlike: Ids = msgspec.field(default_factory=list)
     boosts: Annotated[list[Boost], Meta(max_length=MAX_BOOSTS)] = msgspec.field(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -44,12 +45,17 @@ class VectorCache:
         # equal.
         if kept is not None and kept[0] is last:
             self.hits += 1
-            self._users.move_to_end(user)
+            self._move_to_end(user)
             return kept[1]
         self.misses += 1
         encoded = encode()
         self._users[user] = (last, encoded)
-        self._users.move_to_end(user)
+        self._move_to_end(user)
         if len(self._users) > self._size:
             self._users.popitem(last=False)
         return encoded
+
+    def _move_to_end(self, user: str) -> None:
+        # Where lists are made in threads, another one may just have dropped the user.
+        with contextlib.suppress(KeyError):
+            self._users.move_to_end(user)

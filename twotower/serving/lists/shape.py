@@ -1,7 +1,8 @@
 """Lists that are more than the order of the scores: boosts, caps, promotions and exploration.
 
-The candidates are ordered by their boosted scores, and re-ranked where a request or a hook does so.
-The positions of the list are then filled one by one, from the first:
+The candidates are ordered by their boosted scores. Where a request or a hook re-ranks, it reorders
+a window of the best ones, which is the same for every page; those behind the window follow by
+score. The positions of the list are then filled one by one, from the first:
 
 - A promotion of p percent has the first position i at which i p / 100 reaches another whole number:
   of 20 percent, positions 5, 10, 15 and so on, on whatever page they are. It is given to the best
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Literal, NamedTuple, Protocol
@@ -71,6 +73,23 @@ class Promotion(NamedTuple):
     percent: float
 
 
+class Reorder(NamedTuple):
+    """A re-ranking of the best candidates.
+
+    Attributes:
+        choose: Function from candidates, best first, and a number of them to so many positions, in
+            their new order.
+        window: Number of candidates, by their boosted scores. It must not depend on the page, or
+            pages would be of different orders and repeat or lose items.
+        is_greedy: Whether a choice of fewer items is the beginning of one of more, so that it need
+            not be asked for all.
+    """
+
+    choose: Callable[[Sequence[Recommendation], int], Sequence[int]]
+    window: int
+    is_greedy: bool = False
+
+
 class Placed(NamedTuple):
     """An item at its position of a list.
 
@@ -79,12 +98,14 @@ class Placed(NamedTuple):
         by: What gave it the position.
         propensity: Probability of the item at this position, after those before it.
         is_best: Whether the item would be there without exploration.
+        is_behind: Whether the item is behind the window that was re-ranked.
     """
 
     item: Recommendation
     by: Literal["score", "promotion", "exploration"] = "score"
     propensity: float = 1.0
     is_best: bool = True
+    is_behind: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +120,7 @@ class Shape:
         max_per: Column -> greatest number of items with one value in it.
         explore: Probability that a position explores.
         seed: Seed of the exploration; None for another list each time.
-        reorder: Function from the candidates, best first, and the length of the list to the
-            positions of the first of them; None where the order of the scores stays.
+        reorder: Re-ranking of the best candidates; None where the order of the scores stays.
     """
 
     length: int
@@ -110,7 +130,7 @@ class Shape:
     max_per: Mapping[str, int] = dataclasses.field(default_factory=dict)
     explore: float = 0.0
     seed: int | None = None
-    reorder: Callable[[Sequence[Recommendation], int], Sequence[int]] | None = None
+    reorder: Reorder | None = None
 
     @property
     def searches(self) -> int:
@@ -129,27 +149,96 @@ def make_list(retriever: Retriever, search: Search, shape: Shape) -> list[Placed
     size = shape.length
     # Each search has its part of what a list may take: without a bound the 289 searches of one
     # request kept a server busy for two minutes.
-    most = min(MAX_POOL, max(size, MAX_CANDIDATES // shape.searches))
-    if shape.max_per or shape.promotions or shape.reorder is not None:
-        size *= MULTIPLE
+    share = MAX_CANDIDATES // shape.searches
+    most = min(MAX_POOL, max(size, share))
+
+    def find(where: Conditions, k: int) -> list[Recommendation]:
+        return search_boosted(retriever, search, where, k, shape.boosts, most)
+
+    count = size
     if shape.explore:
         # Each position draws from a whole hundred, however long the list: a longer list begins with
         # the shorter one, and its pages fit together.
-        size = max(size, shape.length + EXPLORED)
+        count += EXPLORED
+    if shape.max_per or shape.promotions:
+        size *= MULTIPLE
+    size = max(size, count)
+    ranked = None
+    if shape.reorder is not None:
+        # Searched apart, as an index that is approximate may find others in a longer search.
+        width = min(shape.reorder.window, share, MAX_POOL)
+        ranked = _Ranked(shape.reorder, find(shape.where, width), width)
     while True:
         size = min(size, most)
-        pool = search_boosted(retriever, search, shape.where, size, shape.boosts, most)
-        found = _order(pool, shape)
-        queues = []
-        for promotion in shape.promotions:
-            where = (*shape.where, *promotion.where)
-            queues.append(search_boosted(retriever, search, where, size, shape.boosts, most))
-        placed = _fill(found, queues, shape)
+        if ranked is None:
+            found = find(shape.where, size)
+            candidates = _Found(found, len(found) < size)
+        else:
+            candidates = ranked.first(count, size, functools.partial(find, shape.where))
+        queues = [find((*shape.where, *each.where), size) for each in shape.promotions]
+        placed, is_full = _fill(candidates, queues, shape)
         # Caps may have left out so many that the list is short.
-        if len(placed) == shape.length or len(pool) < size or size == most:
+        if is_full or candidates.is_all or size == most:
             return placed
         # Fourfold, so that the work of all tries together is a third more than that of the last.
         size *= 4
+        count *= 4
+
+
+class _Found(NamedTuple):
+    """The candidates of a list, in their order.
+
+    Attributes:
+        items: Candidates.
+        is_all: Whether there are no more.
+        behind: Position of the first one behind the window that was re-ranked; None without one.
+    """
+
+    items: list[Recommendation]
+    is_all: bool
+    behind: int | None = None
+
+
+class _Ranked:
+    """The candidates of a list whose window is re-ranked."""
+
+    def __init__(self, reorder: Reorder, window: list[Recommendation], width: int):
+        """Asks for nothing yet.
+
+        Args:
+            reorder: The re-ranking.
+            window: Candidates to reorder, best first.
+            width: Number of candidates that were searched for.
+        """
+        self._reorder = reorder
+        self._window = window
+        self._is_all = len(window) < width
+
+    def first(self, count: int, size: int, find: Callable[[int], list[Recommendation]]) -> _Found:
+        """Returns the first candidates, `count` or more where there are so many.
+
+        Args:
+            count: Number of candidates.
+            size: Number of those that are searched for, where that is beyond the window.
+            find: Function that searches for so many, those in the window included.
+        """
+        window = self._window
+        asked = len(window)
+        if self._reorder.is_greedy:
+            asked = min(asked, count)
+        chosen = []
+        if window:
+            chosen = [window[row] for row in self._reorder.choose(window, asked)]
+        # What a re-ranker leaves out of those that it was asked for has no part in the list, such
+        # as items beyond a cap; then nothing comes behind its choice either.
+        if len(chosen) < asked or (self._is_all and asked == len(window)):
+            return _Found(chosen, True)
+        if count <= asked:
+            return _Found(chosen, False)
+        inside = {item.item_id for item in window}
+        found = find(size)
+        rest = [item for item in found if item.item_id not in inside]
+        return _Found([*chosen, *rest], len(found) < size, len(chosen))
 
 
 def search_boosted(
@@ -221,17 +310,6 @@ def _apply(
     return sorted(changed, key=lambda item: -item.score)
 
 
-def _order(pool: list[Recommendation], shape: Shape) -> list[Recommendation]:
-    """Returns the candidates in the order of their re-ranker, then the others by score."""
-    if shape.reorder is None or not pool:
-        return pool
-    first = list(shape.reorder(pool, shape.length))
-    chosen = set(first)
-    rest = [row for row in range(len(pool)) if row not in chosen]
-    # The others follow, as caps may leave out what the re-ranker has chosen.
-    return [pool[row] for row in [*first, *rest]]
-
-
 class _Caps:
     """The numbers of items of each category that are in a list."""
 
@@ -268,15 +346,23 @@ class _Caps:
 
 
 def _fill(
-    found: Sequence[Recommendation], queues: Sequence[Sequence[Recommendation]], shape: Shape
-) -> list[Placed]:
-    """Returns the list that the positions are filled to, one by one."""
+    found: _Found, queues: Sequence[Sequence[Recommendation]], shape: Shape
+) -> tuple[list[Placed], bool]:
+    """Returns the list that the positions are filled to, one by one.
+
+    Returns:
+        The list, and whether more candidates would leave it as it is.
+    """
     caps = _Caps(shape.max_per)
-    organic = collections.deque(found)
+    organic = collections.deque(found.items)
+    behind: set[str] = set()
+    if found.behind is not None:
+        behind = {item.item_id for item in found.items[found.behind :]}
     promoted = [collections.deque(queue) for queue in queues]
     given = [0] * len(promoted)
     draw = random.Random(shape.seed)
     placed: list[Placed] = []
+    is_full = True
     while len(placed) < shape.length:
         chosen = None
         number = _due(len(placed) + 1, shape.promotions, given)
@@ -287,13 +373,17 @@ def _fill(
             first = _next(promoted[number], caps, 1)
             chosen = Placed(first[0], "promotion") if first else None
         if chosen is None:
-            left = _next(organic, caps, EXPLORED if shape.explore else 1)
+            wanted = EXPLORED if shape.explore else 1
+            left = _next(organic, caps, wanted)
+            is_full = is_full and len(left) == wanted
             if not left:
                 break
             chosen = _draw(left, shape.explore, draw)
+            if chosen.item.item_id in behind:
+                chosen = chosen._replace(is_behind=True)
         caps.take(chosen.item)
         placed.append(chosen)
-    return placed
+    return placed, is_full
 
 
 def _due(position: int, promotions: Sequence[Promotion], given: Sequence[int]) -> int:

@@ -2,7 +2,10 @@
 
 A shard that does not answer is left out, and the answer says so. It is asked again when a look at
 it, once a second, finds it answering with the same version of the bundle: one that hangs costs the
-router its limit once, and not with every request.
+router its limit once, and not with every request. One that refuses a request for the many that it
+has is missing from that answer alone.
+
+Threads ask, each for the answer that it makes.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ from absl import logging
 
 from twotower.core.errors import ConfigError
 from twotower.retrieval.shards.remote import ShardQuery
-from twotower.serving.errors import RequestError
+from twotower.serving.errors import TOO_MANY_CONNECTIONS, TOO_MANY_REQUESTS, RequestError
 from twotower.serving.shards import types
 from twotower.serving.types import Problem
 
@@ -32,9 +35,9 @@ ROWS_AT_ONCE = 1_024  # rows whose vectors are asked for together, each time wit
 PAUSE_SECONDS = 0.2  # between looks while a shard is missing that is needed
 LONG_SECONDS = 10.0  # limit of an answer before the router is ready
 LOOK_SECONDS = 2.0  # limit of a look at a shard, which no request waits for
-MAX_IDLE = 16  # connections that are kept to a shard
+MAX_IDLE = 64  # connections that are kept to a shard
 
-Why = Literal["refused", "late", "version", "error"]
+Why = Literal["refused", "late", "version", "busy", "error"]
 R = TypeVar("R")
 # Shards that did not answer while one request was answered.
 _missed: contextvars.ContextVar[set[int] | None] = contextvars.ContextVar("missed", default=None)
@@ -156,6 +159,8 @@ class _Shard:
         # All shards say the same of a request that is wrong: the client must hear of it.
         if status == 400:
             raise ConfigError(problem.detail)
+        if status == 429 or problem.detail in (TOO_MANY_REQUESTS, TOO_MANY_CONNECTIONS):
+            raise _Failure("busy", "it has too many requests")
         why: Why = "version" if status == 409 else "error"
         raise _Failure(why, problem.detail)
 
@@ -368,6 +373,9 @@ class Router:
             answer = shard.receive(sent, "/v1/shard/info", None, last)
             info = msgspec.json.decode(answer, type=types.ShardInfo)
         except (_Failure, ConfigError, msgspec.DecodeError) as error:
+            # One that refuses for its many requests lives, and is as the look before found it.
+            if isinstance(error, _Failure) and error.why == "busy":
+                return shard.reason
             return str(error).rstrip(".")
         if info.version != self._version:
             return f"it has version {info.version} of the bundle, and not {self._version}"
@@ -420,6 +428,11 @@ class Router:
         except ConfigError:
             raise
         except (_Failure, ValueError) as error:
+            if isinstance(error, _Failure) and error.why == "busy":
+                # This list is without it, and says so; the next one may well be with it.
+                _miss(shard)
+                self.report(shard.number, "busy")
+                return
             # Left out from now on, until a look finds it again: the limit is paid once.
             shard.reason = str(error).rstrip(".")
             _miss(shard)
