@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import difflib
 
 import numpy as np
 import pyarrow as pa
@@ -11,12 +12,13 @@ import pytest
 from tests.index.fakes import UnconditionalIndex
 from tests.retrieval.runs import make_run
 from twotower.core.arrays import Ragged
-from twotower.core.errors import BundleError, ConfigError, UnknownItemError
+from twotower.core.errors import BundleError, ConfigError, UnknownItemError, most_alike
 from twotower.index.exact import ExactIndex
 from twotower.index.search import search_filtered
 from twotower.retrieval import retriever as retriever_module
 from twotower.retrieval.export import make_bundle
-from twotower.retrieval.retriever import Retriever, nearest
+from twotower.retrieval.live.catalogue import LiveCatalogue
+from twotower.retrieval.retriever import Retriever
 
 
 def scores_of(retriever, user):
@@ -186,9 +188,28 @@ def test_an_unknown_item_names_the_nearest(retriever):
         retriever.similar_items(f"{some}x")
 
 
-def test_nearest_among_very_many_looks_at_those_that_begin_alike():
-    known = {f"{letter}{letter}{n}": 0 for letter in "abc" for n in range(10_000)}
-    assert nearest("bb4x56", known)[0][:2] == "bb"
+def test_the_ids_nearest_to_one_among_very_many_are_found_by_few_comparisons(monkeypatch):
+    known = {f"{letter}{letter}{n}": n for letter in "cab" for n in range(10_000)}
+    compared = []
+    closest = difflib.get_close_matches
+
+    def count(name, texts, **options):
+        compared.append(len(texts))
+        return closest(name, texts, **options)
+
+    monkeypatch.setattr(difflib, "get_close_matches", count)
+    catalogue = LiveCatalogue.__new__(LiveCatalogue)
+    catalogue.numbers = known
+    catalogue._ordered = []
+    ordered = catalogue._ordered_ids()
+    assert ordered == sorted(known) and catalogue._ordered_ids() is ordered
+    for name, nearest in [("bb4x", "bb4"), ("cc9999x", "cc9999"), ("aa", "aa"), ("bb4x56", "b")]:
+        found = most_alike(name, ordered, 3)
+        assert found[0].startswith(nearest) and len(found) == 3
+    assert most_alike("x" * 10**6, ordered, 1) and max(compared) <= 64
+    known["dd"] = 30_000
+    # A hint may lack the latest ids, so that none of them costs the order of all.
+    assert catalogue._ordered_ids() is ordered
 
 
 def test_latest_items_come_the_latest_first(retriever):

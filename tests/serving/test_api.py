@@ -9,6 +9,7 @@ import pytest
 
 from tests.serving.asking import TOKENS, ask, make_app, post, refused
 from twotower.core.errors import ConfigError
+from twotower.core.times import TimeForm
 from twotower.serving import types
 from twotower.serving.access import Access, Right
 from twotower.serving.aliases import Aliases
@@ -98,6 +99,45 @@ def test_a_body_of_any_bytes_is_answered_or_refused(app, content):
     assert response.status_code in (200, 400), response.text
     # The server goes on.
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        {"x" * 512: 1},
+        [["x" * 100_000, "==", 1]],
+        [["price", "x" * 100_000, 1]],
+        [["price", "==", "x" * 100_000]],
+        [["title", ">", ["x" * 100_000] * 9]],
+        ["price == " + "x" * 100_000],
+    ],
+)
+def test_a_refusal_is_short_whatever_it_refuses(app, where):
+    problem = refused(app, "retrieve", user_id="1", where=where)
+    assert problem["field"] == "where" and problem["cure"]
+    assert len(json.dumps(problem)) < 3_000
+
+
+def test_a_time_in_a_history_is_refused_by_the_name_of_the_request(app):
+    history = [{"item_id": "P1", "timestamp": 1e300}]
+    problem = refused(app, "retrieve", history=history)
+    assert problem["field"] == "history" and problem["value"].startswith("[{'item_id'")
+    assert problem["detail"].startswith("history: 1e+300") and "row" not in problem["detail"]
+
+
+def test_what_is_no_time_is_found_by_its_first_values(app, monkeypatch):
+    read = []
+    whole = TimeForm.column
+
+    def count(form, values):
+        read.append(len(values))
+        return whole(form, values)
+
+    monkeypatch.setattr(TimeForm, "column", count)
+    assert "neither times" in refused(app, "latest", column="title")["detail"]
+    where = [["title", "latest", 3]]
+    assert "neither times" in refused(app, "retrieve", user_id="1", where=where)["detail"]
+    assert read and max(read) <= 8
 
 
 def test_sizes_are_bounded(app):

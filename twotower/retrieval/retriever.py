@@ -28,7 +28,7 @@ from twotower.core.times import TimeForm
 from twotower.data.operators import unit_of
 from twotower.index.base import check_k, check_vectors
 from twotower.retrieval.bundle import Bundle, load_bundle
-from twotower.retrieval.live.catalogue import LiveCatalogue, nearest
+from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.conditions import (
     Conditions,
     ConditionsLike,
@@ -60,7 +60,6 @@ __all__ = [
     "Retriever",
     "UnknownItemError",
     "as_table",
-    "nearest",
 ]
 # Users whose candidates are in memory together: one call of the tower programs.
 USERS_AT_ONCE = BATCH

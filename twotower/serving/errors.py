@@ -41,6 +41,8 @@ _FIELDS = (
     (re.compile(r"where\b"), "where"),
     (re.compile(r"([a-z_]+)(?:\[\d+\])?[=:]"), r"\1"),
 )
+_ROW = re.compile(r"^rows, (?:row 1, )?column '[^']+'")
+MAX_DETAIL = 1_000  # letters of a refusal, which may hold a value of a megabyte
 # The forms in which msgspec words what is wrong, which it gives in no other way.
 _INVALID = re.compile(r"(?P<problem>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>.*)`", re.DOTALL)
@@ -134,9 +136,22 @@ def _explain_refusal(status: int, error: Exception, body: bytes) -> RequestError
         if found:
             field = found.expand(name)
             break
-    return RequestError(
-        status, detail, field=field, value=_value_at(body, field), cure=_last_sentence(detail)
-    )
+    value = _value_at(body, field)
+    # The column of histories is no feature of a request: they have a field of their own.
+    if field.startswith("features.") and not value and _value_at(body, "history"):
+        field = "history"
+        value = _value_at(body, field)
+    # The library knows rows, of which the client knows nothing.
+    detail = _shorten(_ROW.sub(field, detail))
+    return RequestError(status, detail, field=field, value=value, cure=_last_sentence(detail))
+
+
+def _shorten(detail: str) -> str:
+    """Returns a refusal of a length to read: its beginning and its end, which says what to do."""
+    if len(detail) <= MAX_DETAIL:
+        return detail
+    half = MAX_DETAIL // 2
+    return f"{detail[:half]}… …{detail[-half:]}"
 
 
 def _explain_invalid(message: str, kind: Any, body: bytes) -> RequestError:

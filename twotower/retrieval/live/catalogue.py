@@ -7,7 +7,6 @@ Every reader sees the items of one moment, and every change whole or not at all.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
@@ -15,14 +14,13 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.errors import ConfigError, QueryError, UnknownItemError, echo
+from twotower.core.errors import ConfigError, QueryError, UnknownItemError, echo, most_alike
 from twotower.index.base import Index, check_vectors
 from twotower.index.vectors import Vectors, log_counts, store_like
 from twotower.retrieval.live.segments import NOT_REMOVED, BaseSegment, MemTable
 from twotower.retrieval.live.snapshot import Snapshot
 
-MAX_COMPARED_IDS = 20_000  # ids compared with a misspelt one
-MAX_COMPARED_LENGTH = 64  # characters of it
+MAX_ORDERED_IDS = 200_000  # ids among which the nearest of an unknown one are sought
 
 # (item vectors [N, D], items with their ids, training rows of each [N]) -> an index over them
 BuildIndex = Callable[[Vectors, pa.Table, np.ndarray], Index]
@@ -65,6 +63,7 @@ class LiveCatalogue:
         # Slot of each number whose item is in the memtable. For the writer alone: readers find
         # slots by the arrays of their snapshot.
         self._slots: dict[int, int] = {}
+        self._ordered: list[str] = []
 
     @classmethod
     def build(
@@ -125,7 +124,7 @@ class LiveCatalogue:
         if number is not None:
             position = snapshot.position_of(number)
         if position < 0:
-            similar = nearest(item, self.numbers)
+            similar = most_alike(item, self._ordered_ids(), 3)
             hint = ""
             if similar:
                 hint = f" The nearest ids are: {', '.join(similar)}."
@@ -133,6 +132,15 @@ class LiveCatalogue:
                 f"item {echo(item)} is not among the {len(snapshot)} items of the corpus.{hint}"
             )
         return position
+
+    def _ordered_ids(self) -> list[str]:
+        """Returns ids in their order, from a bounded number of items; the latest may lack."""
+        size = min(len(self.numbers), MAX_ORDERED_IDS)
+        # Not with each new item: ordering takes a hundred times what a look takes.
+        if size > 1.1 * len(self._ordered):
+            # A copy at once: another thread may add an id meanwhile.
+            self._ordered = sorted(tuple(self.numbers)[:size])
+        return self._ordered
 
     def positions(self, snapshot: Snapshot, items: Iterable[str]) -> np.ndarray:
         """Returns the positions of items in a snapshot, int64; -1 of those that are not there."""
@@ -289,23 +297,6 @@ class LiveCatalogue:
                 base.removed_by[row] = version
                 removed["row"] += 1
         return removed
-
-
-def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Returns the ids that look most like `name`.
-
-    Args:
-        name: An unknown id.
-        known: Known ids; if they are very many, only those that begin alike are compared.
-        count: Largest number of ids to return.
-    """
-    # A copy at once: another thread may add an id meanwhile.
-    known = tuple(known)
-    # The time of a comparison grows with the product of both lengths.
-    name = name[:MAX_COMPARED_LENGTH]
-    if len(known) > MAX_COMPARED_IDS:
-        known = tuple(item for item in known if item[:2] == name[:2])[:MAX_COMPARED_IDS]
-    return difflib.get_close_matches(name, known, n=count, cutoff=0.0)
 
 
 def _is_between(changes: np.ndarray, then: Snapshot, now: Snapshot) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -12,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrow import BadValue, is_list, pc, plain_text
-from twotower.core.errors import ConfigError, did_you_mean, echo
+from twotower.core.errors import ConfigError, did_you_mean, echo, most_alike
 from twotower.core.ids import ReadsIds
 from twotower.core.times import UNITS_PER_SECOND, TimeForm, TimeUnit
 from twotower.data.operators import OPERATORS, Members, is_iso_time, matches, unit_of
@@ -36,8 +35,9 @@ _ORDERS = ("<", "<=", ">", ">=")
 _EQUALITIES = ("==", "!=", "in", "not in")
 _MEMBERSHIPS = ("contains", "not contains")
 _LARGEST_SPELT = 2**63  # numbers of more digits are text, if anything
+LOOKED_AT = 8  # values by which a column of text is told from one of times
 MAX_SHOWN_VALUES = 10  # values of a column that a message lists
-MAX_COMPARED_VALUES = 20_000  # values of a column that are compared with a misspelt one
+MAX_COMPARED_VALUES = 20_000  # values of a column among which the nearest of one are sought
 
 
 def as_conditions(where: ConditionsLike, forms: Forms = PLAIN) -> Conditions:
@@ -234,7 +234,7 @@ def latest_condition(column: pa.ChunkedArray, name: str, count: int) -> tuple[st
     order = values
     if not _is_number(values.type):
         try:
-            order = TimeForm().column(values)
+            order = read_times(values)
         except BadValue as error:
             raise ConfigError(
                 f"where ({name!r}, 'latest', {count}): the column holds neither times nor numbers: "
@@ -246,6 +246,18 @@ def latest_condition(column: pa.ChunkedArray, name: str, count: int) -> tuple[st
     # By the order of times, and then the value as the column has it, with which it is compared.
     rows = pc.array_sort_indices(order.combine_chunks(), order="descending")
     return name, ">=", values[rows[count - 1].as_py()].as_py()
+
+
+def read_times(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Returns times of text as int64 [N], in seconds since 1970.
+
+    Raises:
+        BadValue: A value is no time.
+    """
+    # A few first: to find in all titles of a catalogue that they are no times takes long, and a
+    # server would do it again with each wrong request.
+    TimeForm().column(values.drop_null().slice(0, LOOKED_AT))
+    return TimeForm().column(values)
 
 
 def parse_condition(text: str, items: pa.Table, forms: Forms = PLAIN) -> tuple[str, str, Any]:
@@ -383,9 +395,8 @@ def _check_values_exist(
 
 def _refuse_value(value: Any, name: str, known: list[Any], field: str) -> NoReturn:
     if isinstance(value, str):
-        # The comparison grows with the number of texts, and a user waits for this message.
-        texts = known[:MAX_COMPARED_VALUES]
-        nearest = difflib.get_close_matches(value, texts, n=MAX_SHOWN_VALUES, cutoff=0.0)
+        texts = sorted(known[:MAX_COMPARED_VALUES])
+        nearest = most_alike(value, texts, MAX_SHOWN_VALUES)
     else:
         nearest = sorted(known, key=lambda other: abs(other - value))[:MAX_SHOWN_VALUES]
     listed = ", ".join(map(str, nearest))

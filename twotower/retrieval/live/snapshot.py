@@ -20,7 +20,6 @@ from twotower.core.arrays import Ragged
 from twotower.core.arrow import BadValue, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.fields import check_fields
-from twotower.core.times import TimeForm
 from twotower.index.base import RemoteSearch, check_queries, check_scores, list_length
 from twotower.index.search import AllowedRows, search_filtered
 from twotower.index.vectors import Vectors, append_coordinate, store_like
@@ -30,6 +29,7 @@ from twotower.retrieval.live.conditions import (
     Conditions,
     latest_condition,
     matching_items,
+    read_times,
 )
 from twotower.retrieval.live.segments import EPSILON, BaseSegment, MemTable
 
@@ -471,7 +471,7 @@ def _numbers(column: pa.ChunkedArray, name: str) -> np.ndarray:
     kind = values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
         try:
-            values = TimeForm().column(values)
+            values = read_times(values)
         except BadValue as error:
             raise ConfigError(f"column={name!r} holds neither times nor numbers: {error}") from None
     # A null is NaN for NumPy.
