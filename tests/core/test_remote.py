@@ -14,9 +14,9 @@ import pytest
 
 from tests.buckets import serving, set_addresses
 from twotower.core.errors import BundleError, BusyError, ConfigError, FolderError
-from twotower.core.files import digest, exclusive
+from twotower.core.files import current_version, digest, exclusive
 from twotower.core.remote import mirror
-from twotower.core.remote.copies import fetch_bundle, fetch_tables
+from twotower.core.remote.copies import fetch_bundle, fetch_tables, keep_bundle, source_of
 from twotower.core.remote.mirror import MANIFEST, is_copy, pull, push
 from twotower.core.remote.objects import Bucket, is_remote
 
@@ -283,6 +283,38 @@ def test_a_bundle_is_copied_whole_or_not_at_all(server, tmp_path):
         fetch_bundle("s3://shop/bundle")
     server.objects["shop/bundle/v-3/manifest.json"] = (b"{}", 2.0)
     assert fetch_bundle("s3://shop/bundle") != copy and copy.exists()
+
+
+def test_the_copy_that_a_server_follows_has_what_is_new_as_its_next_version(server, tmp_path):
+    address = "s3://shop/bundle"
+    with pytest.raises(BundleError, match="there is no manifest.json below it"):
+        keep_bundle(address)
+    objects = {"v-7/manifest.json": b"{}", "v-7/index/a": b"a", "v-7.abc.changes": b"log"}
+    objects |= {"current": b"v-7\n", "v-6/manifest.json": b"{ }", "v-6.abc.changes": b"other"}
+    for name, content in objects.items():
+        server.objects[f"shop/bundle/{name}"] = (content, 1.0)
+    copy = keep_bundle(address)
+    files = {"current": "v-1\n", "v-1/manifest.json": "{}", "v-1/index/a": "a"}
+    files["v-1.abc.changes"] = "log"
+    found = {name: text for name, text in content_of(copy).items() if name != ".lock"}
+    assert found == files and source_of(copy) == address and source_of(tmp_path) == ""
+    server.log.clear()
+    assert keep_bundle(address) == copy and current_version(copy).name == "v-1"
+    # A look costs two small objects.
+    read = [key for method, key, _ in server.log if method == "GET" and "/v-7/index" in key]
+    assert not read and len(server.log) < 9
+    server.objects["shop/bundle/v-8/manifest.json"] = (b'{"new": 1}', 2.0)
+    server.objects["shop/bundle/current"] = (b"v-8\n", 2.0)
+    keep_bundle(address)
+    new = current_version(copy)
+    assert new.name == "v-2" and (new / "manifest.json").read_text() == '{"new": 1}'
+    # Half of a version is never the one that counts.
+    server.objects["shop/bundle/v-9/manifest.json"] = (b'{"new": 2}', 3.0)
+    server.objects["shop/bundle/v-9/../x"] = (b"planted", 3.0)
+    server.objects["shop/bundle/current"] = (b"v-9\n", 3.0)
+    with pytest.raises(ConfigError, match="holds an object"):
+        keep_bundle(address)
+    assert current_version(copy) == new
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"{}", b"\xff", b'{"sha256": "", "files": {}}'])

@@ -1,6 +1,7 @@
 """Several versions: which of them answers whom, and that none is lost on the way to the next."""
 
 import asyncio
+import shutil
 
 import pytest
 
@@ -8,9 +9,12 @@ from tests.serving.asking import ask, make_app, post, refused, send
 from tests.serving.conftest import thin
 from twotower.commands.serve import read_bundles
 from twotower.core.errors import ConfigError
+from twotower.core.remote.copies import keep_bundle
 from twotower.retrieval.retriever import Retriever
+from twotower.serving import server
 from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
+from twotower.serving.limits import Limits
 from twotower.serving.versions import routing
 from twotower.serving.versions.routing import Place, Routing, State
 from twotower.serving.versions.versions import Versions, load, place_of
@@ -199,6 +203,33 @@ def test_a_new_export_is_taken_up_and_the_one_before_gone_back_to(copied, tmp_pa
     # The new one is not taken up a second time.
     asyncio.run(app.admin.follow())
     assert app.answers is old
+
+
+def test_a_new_export_in_a_bucket_is_taken_up(served, thinned, tmp_path, monkeypatch):
+    monkeypatch.setenv("TWOTOWER_CACHE", str(tmp_path / "cache"))
+    bucket = tmp_path / "bucket"
+    shutil.copytree(served, bucket)
+    folder = keep_bundle(f"file://{bucket}")
+    app = server.make_app({"shop": folder}, limits=Limits(), follow=True)
+    old = app.answers
+    shutil.rmtree(bucket)
+    shutil.copytree(thinned, bucket)
+
+    async def follow():
+        await app.admin.follow()
+        assert app.admin._looking is not None
+        await app.admin._looking
+        await app.admin.follow()
+
+    asyncio.run(follow())
+    assert app.answers.version == Answers(Retriever.load(thinned)).version != old.version
+    # What the server keeps does not lie in the copy, whose old versions are deleted.
+    assert app.writer._log.path.parent == folder.parent
+    assert [place.name for place in app.versions.state.places.values()] == ["shop", "shop"]
+    # A bucket that is away is looked into again later.
+    shutil.rmtree(bucket)
+    app.admin._next_look = 0.0
+    asyncio.run(follow())
 
 
 @pytest.mark.slow

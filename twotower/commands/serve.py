@@ -206,6 +206,7 @@ _SHARD_MS = flags.DEFINE_float(
 def main() -> None:
     launch.require_one(_WORKDIR, _BUNDLE)
     _check_shard_flags()
+    _check_buckets()
     from twotower.core.install import extra
 
     with extra("serve", "serve"):
@@ -287,6 +288,28 @@ def _check_shard_flags() -> None:
         # shards of one bundle.
         if role and is_set:
             raise ConfigError(f"{role} does not go with {flag}. Leave one of them out.")
+
+
+def _check_buckets() -> None:
+    """Refuses a folder of bundles in a bucket, and says that a run in one is not followed.
+
+    Raises:
+        ConfigError: --bundles is an address.
+    """
+    from twotower.core.errors import ConfigError
+    from twotower.core.remote.mirror import is_copy
+    from twotower.core.remote.objects import is_remote
+
+    if is_remote(_BUNDLES.value):
+        raise ConfigError(
+            f"--bundles={_BUNDLES.value}: bundles are loaded by name from a folder of this "
+            "machine. Mount the bucket, or name each bundle by --bundle=NAME=ADDRESS."
+        )
+    if _WORKDIR.value is not None and _FOLLOW.value and is_copy(Path(_WORKDIR.value)):
+        logging.warning(
+            "New exports in the bucket of a run are not followed. Name its bundle in the place of "
+            "--workdir: --bundle=ADDRESS/bundle."
+        )
 
 
 def serve_shard(folder: Path, number: int, bound: socket.socket) -> None:

@@ -23,6 +23,7 @@ import uvicorn
 from absl import logging as absl_logging
 
 from twotower.core.errors import ConfigError
+from twotower.core.remote.copies import keep_bundle, source_of
 from twotower.serving import types
 from twotower.serving.access import Access, Hosts
 from twotower.serving.aliases import Aliases
@@ -145,7 +146,7 @@ def make_app(
         # The features of requests have names too, which a shop may call otherwise.
         columns = versions.main.user_columns
         names = Aliases.read(aliases, {*types.field_names(), *columns})
-    return App(
+    app = App(
         versions,
         EventLog(path),
         access=access,
@@ -158,6 +159,11 @@ def make_app(
         member=member,
         log_share=log_share,
     )
+    for folder in folders.values():
+        address = source_of(folder)
+        if address:
+            app.admin.look[str(folder)] = functools.partial(keep_bundle, address)
+    return app
 
 
 def bind(host: str, port: int) -> socket.socket:

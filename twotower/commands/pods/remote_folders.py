@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from twotower.core.remote.copies import fetch_bundle
+from twotower.core.remote.copies import fetch_bundle, keep_bundle
 from twotower.core.remote.mirror import pull, push
 from twotower.core.remote.objects import is_remote
 
@@ -31,7 +31,9 @@ def local_copies(own: flags.FlagValues) -> Iterator[None]:
         return str(copies[-1])
 
     def to_bundle(address: str) -> str:
-        return str(fetch_bundle(address))
+        # A server keeps things beside its bundle, and follows what is new in the bucket.
+        take = keep_bundle if "follow" in own else fetch_bundle
+        return str(take(address))
 
     for names, replace in ((FOLDERS, to_copy), (BUNDLES, to_bundle)):
         for name in names:

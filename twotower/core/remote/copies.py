@@ -14,13 +14,22 @@ from pathlib import Path
 from absl import logging
 
 from twotower.core.errors import BundleError, ConfigError
-from twotower.core.files import POINTER, discard, exclusive
+from twotower.core.files import (
+    POINTER,
+    atomic,
+    discard,
+    exclusive,
+    next_version,
+    publish_version,
+    read_json,
+)
 from twotower.core.remote.objects import Bucket, Object, cache_folder, copy_name
 
 _WILDCARD = re.compile(r"[*?\[]")
 _VERSION = re.compile(r"(v-\d+)/")
 # Copies of a bundle that are kept: processes may still begin to read the one before.
 _KEPT = 2
+_KEPT_FOLDER = "served"  # in the cache, of copies that servers follow
 
 
 def fetch_tables(address: str, flag: str) -> str:
@@ -108,12 +117,11 @@ def fetch_bundle(address: str | os.PathLike[str]) -> Path:
         BundleError: There is no bundle.
     """
     bucket = Bucket(address, "bundle")
-    pointer = bucket.read(POINTER)
-    version = pointer.decode("utf-8", "replace").strip() if pointer else ""
-    manifest = f"{version}/manifest.json" if version else "manifest.json"
+    version = _current(bucket)
+    manifest = _manifest_of(version)
     objects = [each for each in bucket.list() if _is_of(each.name, version)]
     if manifest not in {each.name for each in objects}:
-        raise BundleError(f"{bucket.address} is no bundle: there is no {manifest} below it.")
+        raise _no_bundle(bucket, manifest)
     listing = json.dumps(objects)
     key = hashlib.sha256(listing.encode()).hexdigest()[:16]
     home = cache_folder() / "bundles" / copy_name(bucket.address)
@@ -122,6 +130,95 @@ def fetch_bundle(address: str | os.PathLike[str]) -> Path:
         if not target.is_dir():
             _copy_whole(bucket, objects, target)
     return target
+
+
+def keep_bundle(address: str | os.PathLike[str]) -> Path:
+    """Brings the copy of a bundle up to date that a server follows, and returns its folder.
+
+    The folder stays the same, and is one of versions: what is new in the bucket becomes the next of
+    them, when it is there as a whole. Changes to items, and what a server keeps beside its bundle,
+    stay in the copy, and are never sent to the bucket.
+
+    Args:
+        address: Address of a bundle.
+
+    Raises:
+        BundleError: There is no bundle.
+        OSError: The bucket is away, or the disk full.
+    """
+    bucket = Bucket(address, "bundle")
+    home = cache_folder() / _KEPT_FOLDER / copy_name(bucket.address)
+    record = _record_of(home)
+    # The lock of exports and compactions too, whose version would else be taken for the newest.
+    with exclusive(home, "copy", wait=True):
+        version = _current(bucket)
+        name = _manifest_of(version)
+        manifest = bucket.read(name)
+        if manifest is None:
+            raise _no_bundle(bucket, name)
+        # By the manifest, which has the hashes of all files: they are not listed at each look.
+        digest = hashlib.sha256(manifest).hexdigest()
+        if record.is_file() and read_json(record).get("manifest") == digest:
+            return home
+        objects = [each for each in bucket.list() if _is_of(each.name, version)]
+        size = sum(each.size for each in objects) / 1e6
+        logging.info("Copying %s (%.1f MB) to %s.", bucket.address, size, home)
+        with next_version(home) as copy:
+            for each in objects:
+                target = _place_in(copy, each.name, version)
+                if target is not None:
+                    bucket.download(each.name, target)
+            publish_version(copy)
+        with atomic(record) as temporary:
+            text = json.dumps({"address": bucket.address, "manifest": digest})
+            temporary.write_text(text, encoding="utf-8")
+    return home
+
+
+def source_of(folder: Path) -> str:
+    """Returns the address of the bundle that a folder of `keep_bundle` is a copy of; "" of none."""
+    is_here = folder.absolute().parent == (cache_folder() / _KEPT_FOLDER).absolute()
+    record = _record_of(folder.absolute())
+    if not is_here or not record.is_file():
+        return ""
+    return read_json(record).get("address", "")
+
+
+def _record_of(home: Path) -> Path:
+    # Beside the copy, in which there is what is in the bucket.
+    return home.with_name(f"{home.name}.json")
+
+
+def _place_in(copy: Path, name: str, version: str) -> Path | None:
+    """Returns the file of an object in a version of a copy; None of one that it does without.
+
+    Args:
+        copy: Folder of the version.
+        name: Name of the object.
+        version: Name of the version in the bucket; "" of a bundle without versions.
+    """
+    if not version:
+        return copy / name
+    if name.startswith(f"{version}/"):
+        return copy / name[len(version) + 1 :]
+    # The log of its changes lies beside a version and has its name.
+    if "/" not in name and name.startswith(f"{version}."):
+        return copy.parent / f"{copy.name}{name[len(version) :]}"
+    return None
+
+
+def _current(bucket: Bucket) -> str:
+    """Returns the name of the version of a bundle that counts; "" where it has none."""
+    pointer = bucket.read(POINTER)
+    return pointer.decode("utf-8", "replace").strip() if pointer else ""
+
+
+def _manifest_of(version: str) -> str:
+    return f"{version}/manifest.json" if version else "manifest.json"
+
+
+def _no_bundle(bucket: Bucket, manifest: str) -> BundleError:
+    return BundleError(f"{bucket.address} is no bundle: there is no {manifest} below it.")
 
 
 def _is_of(name: str, version: str) -> bool:

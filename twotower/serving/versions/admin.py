@@ -24,12 +24,16 @@ from twotower.serving.versions.routing import Place, State
 from twotower.serving.versions.versions import Versions, find_bundle, load, prove, version_at
 from twotower.serving.writer import Writer
 
+LOOK_SECONDS = 10.0  # between two looks into a bucket, each of which is paid for
+
 
 class Admin:
     """The administration of the versions of a server.
 
     Attributes:
         versions: Versions of the server.
+        look: Function that copies what is new in the bucket of a bundle, by its folder; of those
+            that lie in one.
         tell: Function that gives other processes a state, and returns when they have it.
     """
 
@@ -45,7 +49,10 @@ class Admin:
             follow: Whether a new version of a bundle takes the place of the one that is served.
         """
         self.versions = versions
+        self.look: dict[str, Callable[[], object]] = {}
         self.tell: Callable[[State], Awaitable[None]] = _tell_nobody
+        self._looking: asyncio.Task[None] | None = None
+        self._next_look = 0.0
         self._writer = writer
         writer.follows = follow
         self._bundles = bundles
@@ -136,11 +143,30 @@ class Admin:
         # Not behind a load that goes on: this is called four times a second, and would queue up.
         if not self._writer.follows or self._lock.locked():
             return
+        self._begin_to_look()
         async with self._lock:
             # The last one of a folder stands: versions before it are there to go back to.
             newest = {place.folder: version for version, place in self._places().items()}
             for folder, version in newest.items():
                 await self._follow_folder(folder, version)
+
+    def _begin_to_look(self) -> None:
+        """Begins to look for new versions in buckets, now and then, while others are followed."""
+        now = asyncio.get_running_loop().time()
+        is_looking = self._looking is not None and not self._looking.done()
+        if not self.look or is_looking or now < self._next_look:
+            return
+        self._next_look = now + LOOK_SECONDS
+        # A task, since a copy of gigabytes takes minutes.
+        self._looking = asyncio.create_task(self._look())
+
+    async def _look(self) -> None:
+        for folder, look in self.look.items():
+            try:
+                await asyncio.to_thread(look)
+            # A bucket that is away for a moment, or an export that is half there.
+            except (TwotowerError, OSError) as error:
+                logging.warning("The bucket of %s: %s", folder, error)
 
     async def _follow_folder(self, folder: str, version: str) -> None:
         """Takes up the new version in a folder, if there is one."""
