@@ -53,9 +53,13 @@ def asked(sequences):
     )
 
 
+@pytest.mark.parametrize("max_squared", [0, 4_096], ids=["walked", "squared"])
 @pytest.mark.parametrize("walk", item_graph.WALKS, ids=str)
-def test_a_walk_starts_at_the_last_items_and_takes_two_steps(sequences, walk, monkeypatch):
+def test_a_walk_starts_at_the_last_items_and_takes_two_steps(
+    sequences, walk, max_squared, monkeypatch
+):
     monkeypatch.setattr(item_graph, "WALKS", (walk,))
+    monkeypatch.setattr(item_graph, "MAX_SQUARED_ITEMS", max_squared)
     queries = asked(sequences)
     scores = make_item_graph(sequences, queries, None)[0](slice(0, 40))
     steps = naive_shares(sequences)

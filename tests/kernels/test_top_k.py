@@ -43,6 +43,30 @@ def test_a_merged_list_is_no_longer_than_what_it_is_made_of(scores, module, merg
     np.testing.assert_array_equal(best, -np.sort(-scores, axis=1))
 
 
+def test_packed_scores_sort_as_the_scores_do():
+    """Both signs, zeros of both, infinities, numbers beside 0 and the greatest, each twice."""
+    info = np.finfo(np.float32)
+    numbers = [0.0, 1.5, -1.5, info.max, info.min, info.smallest_subnormal, np.inf, 1e-30]
+    numbers += [-number for number in numbers] * 2
+    row = np.array(numbers + numbers, np.float32)
+    rows = np.stack([np.roll(row, turn) for turn in range(64)])
+    assert rows.size >= kernel.MIN_SCORES_TO_PACK
+    columns = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
+    best, found = kernel.merge_top_k(20, rows, columns)
+    order = np.argsort(-rows, axis=1, kind="stable")[:, :20]
+    np.testing.assert_array_equal(found, order)
+    np.testing.assert_array_equal(best, np.take_along_axis(rows, order, axis=1))
+
+
+@pytest.mark.parametrize("k, size", [(1, 32), (9, 16), (40, 4), (80, 2), (90, 1)])
+def test_groups_are_small_where_lists_are_long(scores, k, size, monkeypatch):
+    monkeypatch.setattr(kernel, "MIN_SCORES_TO_GROUP", 0)
+    padded, maxima = kernel.with_maxima(scores[:, :315], k)
+    np.testing.assert_array_equal(maxima, padded.reshape(3, -1, size).max(-1))
+    np.testing.assert_array_equal(padded[:, :315], scores[:, :315])
+    assert np.isneginf(padded[:, 315:]).all()
+
+
 @pytest.mark.parametrize("max_appended, min_grouped", [(2_048, 2**15), (0, 2**15), (0, 0)])
 @pytest.mark.parametrize("block", [1, 33, 65, 320])
 @pytest.mark.parametrize("k", [1, 5, 400])

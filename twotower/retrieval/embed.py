@@ -61,7 +61,8 @@ def embed_rows(
         }
         if mesh:
             padded = put(mesh, padded, SHARDED)
-        vectors[start : start + rows] = embed(model, side, weights, padded)[:rows]
+        # Cut on the host: on a device it would be one more program, for each number of rows.
+        vectors[start : start + rows] = np.asarray(embed(model, side, weights, padded))[:rows]
     return vectors
 
 

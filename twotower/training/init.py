@@ -110,7 +110,8 @@ def abstract_state(trainer: Trainer, mesh: AnyMesh) -> TrainState:
         name: jax.ShapeDtypeStruct((padded_rows(shape.rows), shape.width), "float32")
         for name, shape in trainer.model.tables.items()
     }
-    key = jax.random.key(0)  # of which only the type matters
+    # Its type alone: a key that holds a number takes a program to make.
+    key = jax.eval_shape(jax.random.key, 0)
     state = jax.eval_shape(functools.partial(_state_around, trainer), key, tables, counts)
 
     def with_sharding(x: jax.ShapeDtypeStruct, sharding: Sharding) -> jax.ShapeDtypeStruct:

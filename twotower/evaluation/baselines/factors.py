@@ -191,16 +191,17 @@ def _graph(source: _Source) -> Factors:
         source.train, source.num_items, source.tuning, cache=source.cache
     )
     second = model.walk.second
-    steps = model.steps
+    steps = model.graph.steps
+    discount = model.graph.discount
 
     def times(x: np.ndarray) -> np.ndarray:
         # From the right: the square of the graph is never made, which is nearly full.
-        first = steps @ (model.discount[:, None] * x)
+        first = steps @ (discount[:, None] * x)
         return first + second * (steps @ first)
 
     def transposed(x: np.ndarray) -> np.ndarray:
         first = steps.T @ x
-        return model.discount[:, None] * (first + second * (steps.T @ first))
+        return discount[:, None] * (first + second * (steps.T @ first))
 
     product = _Product(source.num_items, times, transposed)
     walk = model.walk

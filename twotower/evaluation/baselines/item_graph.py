@@ -27,6 +27,10 @@ TUNING_QUERIES = 1_000  # that choose the walk, at most: walks differ by much or
 WINDOW = 5  # greatest distance of two items that are joined
 BACKWARD = 0.7  # weight of a transition read backwards, to that of one forwards
 POPULARITY = 0.2  # power of an item's popularity that its score is divided by
+# A matrix of them takes 128 MiB, and two are held while it is made.
+MAX_SQUARED_ITEMS = 4_096
+# Items for each query, at most, for which squaring the graph is quicker than walking twice.
+MAX_SQUARED_ITEMS_PER_QUERY = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,31 +78,42 @@ def fit_item_graph(
     sequences: Ragged, num_items: int, tuning: Queries | None, *, cache: FitCache = NO_CACHE
 ) -> tuple[GraphModel, Choice]:
     """Makes the graph, and chooses the walk, of `make_item_graph`."""
+    graph: Graph | None = None
+
+    def fit() -> Fitted:
+        nonlocal graph
+        graph = _make_graph(sequences, num_items)
+        return _choose_walk(graph, tuning)
+
     settings = (WALKS, WINDOW, BACKWARD, POPULARITY)
-    fitted = cache.fit("item_graph", settings, lambda: _fit(sequences, num_items, tuning))
+    fitted = cache.fit("item_graph", settings, fit)
     arrays = fitted.arrays
-    steps = sparse_array(arrays["shares"], arrays["items"], arrays["offsets"], num_items)
-    walk = WALKS[int(arrays["walk"][0])]
-    return GraphModel(steps, arrays["discount"], walk), fitted.choice
+    # The one that was just made has been squared already.
+    if graph is None:
+        steps = sparse_array(arrays["shares"], arrays["items"], arrays["offsets"], num_items)
+        graph = Graph(steps, arrays["discount"])
+    return GraphModel(graph, WALKS[int(arrays["walk"][0])]), fitted.choice
 
 
-def _fit(sequences: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
-    """Returns the arrays of a `GraphModel`, with the number of its walk."""
-    steps = transition_shares(sequences, num_items)
+def _make_graph(sequences: Ragged, num_items: int) -> Graph:
+    """Returns the graph of the items that users took in training."""
     popularity = np.bincount(sequences.values, minlength=num_items)
     discount = np.maximum(popularity, 1.0) ** -POPULARITY
+    return Graph(transition_shares(sequences, num_items), discount)
 
-    def make(walk: Walk) -> GraphModel:
-        return GraphModel(steps, discount, walk)
 
+def _choose_walk(graph: Graph, tuning: Queries | None) -> Fitted:
+    """Returns the arrays of a graph, with the number of its walk."""
     if tuning is not None:
         tuning = tuning.sample(TUNING_QUERIES)
-    model, choice = best_model("item_graph: walk over", WALKS, make, tuning)
+    model, choice = best_model(
+        "item_graph: walk over", WALKS, lambda walk: GraphModel(graph, walk), tuning
+    )
     arrays = {
-        "shares": steps.data,
-        "items": steps.indices,
-        "offsets": steps.indptr,
-        "discount": discount,
+        "shares": graph.steps.data,
+        "items": graph.steps.indices,
+        "offsets": graph.steps.indptr,
+        "discount": graph.discount,
         "walk": np.array([WALKS.index(model.walk)]),
     }
     return Fitted(arrays, choice)
@@ -135,36 +150,69 @@ def transition_shares(sequences: Ragged, num_items: int) -> Any:
     return total
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """What follows which item, and what is behind that.
+
+    Attributes:
+        steps: Share of the transitions of each item (row) to each other, a sparse array [N, N].
+        discount: Factor of the score of each item, float64 [N].
+        reached: Weight of the second step -> items that one or two steps reach, float64 [N, N];
+            filled by `reach_of_items`, as walks from all starts share it.
+    """
+
+    steps: Any
+    discount: np.ndarray
+    reached: dict[float, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    def reach(self, starts: Any, second: float, *, num_queries: int) -> np.ndarray:
+        """Returns the weights of the items that are reached from some, float64 [b, N].
+
+        Args:
+            starts: Weights of the items that walks start from, a sparse array [b, N].
+            second: Weight of the second step to that of the first.
+            num_queries: Number of queries in all, those of this block and of others.
+        """
+        num_items = self.steps.shape[0]
+        is_small = num_items <= MAX_SQUARED_ITEMS
+        if is_small and num_items <= MAX_SQUARED_ITEMS_PER_QUERY * num_queries:
+            return starts @ self.reach_of_items(second)
+        first = starts @ self.steps
+        # Of the few items of a block of queries: the square of a large graph is much larger.
+        return (first + second * (first @ self.steps)).toarray()
+
+    def reach_of_items(self, second: float) -> np.ndarray:
+        """Returns the weights of the items that are reached from each, float64 [N, N].
+
+        Args:
+            second: Weight of the second step to that of the first.
+        """
+        if second not in self.reached:
+            # Sparse by sparse, though most of the result is filled: where a graph holds one pair in
+            # twenty, dense matrices take half as long again.
+            self.reached[second] = (self.steps + second * (self.steps @ self.steps)).toarray()
+        return self.reached[second]
+
+
 @dataclasses.dataclass(frozen=True)
 class GraphModel:
     """Scores of the items that a walk from the last ones of a user reaches.
 
     Attributes:
-        steps: Share of the transitions of each item (row) to each other, a sparse array [N, N].
-        discount: Factor of the score of each item, float64 [N].
+        graph: Transitions between items.
         walk: Way to ask the graph.
     """
 
-    steps: Any
-    discount: np.ndarray
+    graph: Graph
     walk: Walk
 
-    def reach(self, starts: Any) -> Any:
-        """Returns the weights of the items that are reached from some, an array [b, N] as theirs.
-
-        Args:
-            starts: Weights of the items that walks start from, sparse or not, [b, N].
-        """
-        first = starts @ self.steps
-        if not self.walk.second:
-            return first
-        # Of the few items of a block of queries: the square of the graph is much larger.
-        return first + self.walk.second * (first @ self.steps)
-
     def __call__(self, queries: Queries) -> Scores:
+        graph = self.graph
+
         def scores(block: slice) -> np.ndarray:
-            starts = _starts(queries.seen_lists(block), self.walk, len(self.discount))
-            return (self.reach(starts).toarray() * self.discount).astype(np.float32)
+            starts = _starts(queries.seen_lists(block), self.walk, len(graph.discount))
+            reached = graph.reach(starts, self.walk.second, num_queries=len(queries))
+            return (reached * graph.discount).astype(np.float32)
 
         return scores
 

@@ -35,6 +35,7 @@ RIDGES = (1000.0, 300.0, 100.0, 30.0, 10.0)
 # A matrix of them takes 1.6 GB, and three are held: the counts, and the weights of two ridges.
 MAX_EASE_ITEMS = 20_000
 EASE_MATRICES = 3
+MIN_TIMED_ITEMS = 4_000  # of fewer EASE takes a second or so, and less than to find that out
 MAX_ITEM_PAIRS = 10**10  # pairs of two items of one user, which take minutes to count
 BLOCK_BYTES = 2**27  # bytes of counts of items by items that are held at once
 
@@ -116,7 +117,9 @@ def _fit_knn(train: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
 
 
 def _fit_ease(train: Ragged, num_items: int, tuning: Queries | None) -> Fitted:
-    seconds = _inversion_seconds(num_items)
+    seconds = 0.0
+    if num_items >= MIN_TIMED_ITEMS:
+        seconds = _inversion_seconds(num_items)
     if seconds > 1:
         logging.info(
             "ease: %d items take %.1f GB and about %.0f s for each of at most %d ridges.",
