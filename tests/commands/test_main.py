@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_every_command_is_listed_and_has_a_launch():
 def test_help_is_printed(monkeypatch, capsys, arguments, printed):
     assert ended(monkeypatch, *arguments) == 0
     assert printed in " ".join(capsys.readouterr().out.split())
+
+
+# Registered first, so that it is called last.
+ENDED = """
+import atexit, gc
+atexit.register(lambda: print(gc.isenabled(), gc.get_freeze_count() > 10_000))
+from twotower import __main__
+__main__.main()
+"""
+
+
+def test_a_command_ends_without_a_walk_over_its_objects():
+    arguments = [sys.executable, "-c", ENDED, "options", "--help"]
+    ended = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert ended.stdout.endswith("False True\n")
 
 
 def test_help_names_commands_as_they_are_given_here(monkeypatch, capsys, tmp_path):

@@ -6,9 +6,6 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
-import wcwidth
-from tabulate import tabulate
-
 _SPACES = re.compile(r"\s+")
 # Marks that open or close a direction; one left open in a cell would turn the cells after it.
 _DIRECTIONS = re.compile("[\u202a-\u202e\u2066-\u2069]")
@@ -29,6 +26,9 @@ def format_table(rows: Iterable[Sequence[str]], header: Sequence[str], *, align:
     ring        0.5
     bracelet  12.25
     """
+    # Imported where a table is printed: `wcwidth` and it take longer than most of our modules.
+    from tabulate import tabulate
+
     letters = align.ljust(len(header), align[-1])[: len(header)]
     cells = []
     # The header goes in as a row, since tabulate sets real headers apart by two more columns.
@@ -56,8 +56,7 @@ def shorten(text: str, width: int) -> str:
     text = _SPACES.sub(" ", text)
     used = 0
     for position, letter in enumerate(text):
-        # Control characters, of width -1, are shown by another letter.
-        used += abs(wcwidth.wcwidth(letter))
+        used += _width(letter)
         # Marks of no width of their own may go on for ever.
         if used > width or position > 4 * width:
             return _cut(text[:position], width - 1) + "…"
@@ -65,9 +64,17 @@ def shorten(text: str, width: int) -> str:
 
 
 def _cut(text: str, width: int) -> str:
-    while sum(abs(wcwidth.wcwidth(letter)) for letter in text) > width:
+    while sum(map(_width, text)) > width:
         text = text[:-1]
     return text
+
+
+def _width(letter: str) -> int:
+    """Returns the number of columns that a letter takes."""
+    import wcwidth
+
+    # Control characters, of width -1, are shown by another letter.
+    return abs(wcwidth.wcwidth(letter))
 
 
 def _printable(cell: str) -> str:

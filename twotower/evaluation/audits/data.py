@@ -251,6 +251,8 @@ def adjacent_share(queries: Queries, sequences: Ragged) -> float:
     asked = pair_keys(last[queries.relevant.rows], queries.relevant.values)[is_asked]
     # The pairs that are asked for, not those of the log, are kept in memory.
     pairs, answer = np.unique(asked, return_inverse=True)
+    if not len(pairs):
+        return 0.0
     is_joined = np.zeros(len(pairs), bool)
     users = sequences.rows
     items = sequences.values
@@ -260,6 +262,8 @@ def adjacent_share(queries: Queries, sequences: Ragged) -> float:
         later = items[distance:][is_one_user]
         # Both ways, as the graph is walked: a user's last item may follow what is asked for.
         for keys in (pair_keys(earlier, later), pair_keys(later, earlier)):
-            is_joined |= np.isin(pairs, keys)
+            # Looked up among the few that are asked for: `np.isin` would sort those of the log.
+            position = np.searchsorted(pairs, keys).clip(max=len(pairs) - 1)
+            is_joined[position[pairs[position] == keys]] = True
     total = int(queries.num_relevant[has_last].sum())
     return float(is_joined[answer].sum() / max(total, 1))
