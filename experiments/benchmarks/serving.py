@@ -1,6 +1,7 @@
 """The cost of HTTP: the server's processor time for a request, and what it does beyond its limits.
 
     python -m experiments.benchmarks.serving [--bundle=FOLDER] [--quick] [--check] [--peer]
+    python -m experiments.benchmarks.serving --requests=1000000 [--bundle=FOLDER]
 
 Servers of one process on one core (the last one), asked from the others by wrk and hey (Debian's
 packages): ids and scores, for known users and for histories of twenty items that the request
@@ -21,6 +22,9 @@ Requests a second at saturation are bounded by both parts: 10^6 / (60 + microsec
 which .8 are promised. At 1,000 requests a second hey tells the 99th percentile of the latency; its
 ten connections send in the same moment, so that the last one waits for nine others. Past saturation
 wrk tells what is refused and how long the slowest wait.
+
+With --requests it only tells the memory of the server as it answers so many requests of all kinds,
+of users known and new, some of them spoilt.
 """
 
 from __future__ import annotations
@@ -51,6 +55,7 @@ from experiments.benchmarks.environments import python_with
 
 _BUNDLE = flags.DEFINE_string("bundle", "", "Folder of the bundles, made where they are missing.")
 _PEER = flags.DEFINE_bool("peer", False, "Also serve by FastAPI.")
+_REQUESTS = flags.DEFINE_integer("requests", 0, "Requests of a run that looks at memory alone.")
 ITEMS = 200_000
 BODIES = 20_000  # as many users: what was read for one is seldom there for the next
 CALLS = 1_000  # in this process, in a turn
@@ -79,13 +84,18 @@ for line in io.lines("FILE") do bodies[#bodies + 1] = line end
 local headers = {["Content-Type"] = "application/json"}
 local n = FIRST
 local threads = {}
+new = 0
 ok = 0
 shed = 0
 other = 0
 function setup(thread) table.insert(threads, thread) end
 function request()
   n = n % #bodies + 1
-  return wrk.format("POST", "/v1/retrieve", headers, bodies[n])
+  local path, body = bodies[n]:match("^(/%S+) (.*)$")
+  if path == nil then return wrk.format("POST", "/v1/retrieve", headers, bodies[n]) end
+  -- Somebody who has never been here.
+  new = new + 1
+  return wrk.format("POST", path, headers, (body:gsub("@", SALT .. "-" .. new)))
 end
 function response(status)
   if status == 200 then ok = ok + 1
@@ -131,9 +141,10 @@ async def retrieve(request: Request) -> Answer:
     if request.history:
         row = {"history": request.history}
         events = None if request.user_id is None else ()
-        found = retriever.recommend(request.user_id, rows=[row], events=events, k=request.k)
+        asked = {"rows": [row], "events": events}
+        found = retriever.recommend(request.user_id, k=request.k, columns=(), **asked)
     else:
-        found = retriever.recommend(request.user_id, k=request.k)
+        found = retriever.recommend(request.user_id, k=request.k, columns=())
     return Answer(items=[Item(item_id=x.item_id, score=x.score) for x in found])
 uvicorn.run(app, port=int(sys.argv[2]), log_level="error", access_log=False)
 """
@@ -186,6 +197,11 @@ class Server:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
+    def memory(self) -> float:
+        """Returns its resident memory in MiB."""
+        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
     def close(self) -> None:
         """Ends the process."""
         self._process.send_signal(signal.SIGTERM)
@@ -232,10 +248,70 @@ def in_process(retriever: Any, bodies: list[dict[str, Any]], turn: int) -> float
             # As the server asks: what is stored of a known user stands beside the history.
             events = () if "user_id" in body else None
             row = {"history": body["history"]}
-            retriever.recommend(body.get("user_id"), rows=[row], events=events, k=body["k"])
+            user = body.get("user_id")
+            retriever.recommend(user, rows=[row], events=events, k=body["k"], columns=())
         else:
-            retriever.recommend(body["user_id"], k=body["k"])
+            retriever.recommend(body["user_id"], k=body["k"], columns=())
     return 1e6 * (time.process_time() - start) / len(chosen)
+
+
+def make_mixed(loaded: Any, folder: Path) -> Path:
+    """Writes requests of all kinds, a path and a body a line, "@" in the place of a new id."""
+    rng = np.random.default_rng(2)
+    users = loaded.users["user_id"].to_pylist()
+    items = loaded.items["item_id"].to_pylist()
+
+    def some(count: int) -> list[str]:
+        return [items[row] for row in rng.integers(len(items), size=count).tolist()]
+
+    def somebody() -> str:
+        return users[rng.integers(len(users))]
+
+    new = {"user_id": "new-@"}
+    # (share, path, function that makes a body)
+    kinds: list[tuple[float, str, Callable[[], dict[str, Any]]]] = [
+        (0.74, "retrieve", lambda: {"user_id": somebody(), "columns": []}),
+        (0.05, "retrieve", lambda: {"user_id": somebody(), "k": int(rng.integers(1, 60))}),
+        (0.05, "retrieve", lambda: {"history": some(int(rng.integers(1, 40))), "columns": []}),
+        (0.02, "retrieve", lambda: {**new, "features": {"gender": "f"}}),
+        (0.03, "retrieve", lambda: {"user_id": somebody(), "history": some(20), "deny": some(5)}),
+        (0.01, "similar_items", lambda: {"item_id": some(1)[0]}),
+        (0.01, "popular", lambda: {"k": 20, "deny": ["new-@"]}),
+        (0.01, "encode_user", lambda: {**new, "history": some(3)}),
+        (0.01, "match", lambda: {"pairs": [{"user_id": somebody(), "item_id": some(1)[0]}]}),
+        (0.01, "retrieve/batch", lambda: {"requests": [{"user_id": somebody()}, new]}),
+        # No field of a request, and no item.
+        (0.04, "retrieve", lambda: {"user_id": somebody(), "kk": 3}),
+        (0.02, "similar_items", lambda: {"item_id": "new-@"}),
+    ]
+    lines = []
+    for kind in rng.choice(len(kinds), BODIES, p=[share for share, _, _ in kinds]).tolist():
+        _, path, make = kinds[kind]
+        lines.append(f"/v1/{path} {json.dumps(make())}")
+    file = folder / "mixed.txt"
+    file.write_text("\n".join(lines) + "\n")
+    return file
+
+
+def watch_memory(server: Server, file: Path, requests: int) -> None:
+    """Prints the memory of a server before, amid and after so many requests."""
+    answered = 0
+    part = 0
+    marks = [0, requests // 10, requests // 4, requests // 2, requests * 3 // 4, requests]
+    counts: dict[str, int] = collections.Counter()
+    while marks:
+        if answered >= marks[0]:
+            mark = marks.pop(0)
+            print(
+                f"{answered:>10,} requests (from {mark:,}): {server.memory():.1f} MiB", flush=True
+            )
+            continue
+        load = ask(server, file, connections=CONNECTIONS, seconds=10, first=part % BODIES)
+        # Another first body and other new users each time.
+        part += 1_009
+        answered += load.ok + load.shed + load.other
+        counts.update(ok=load.ok, shed=load.shed, refused=load.other)
+    print(", ".join(f"{count:,} {name}" for name, count in counts.items()))
 
 
 @contextlib.contextmanager
@@ -256,7 +332,8 @@ def busy_neighbour() -> Iterator[None]:
 def ask(server: Server, bodies: Path, *, connections: int, seconds: int, first: int = 0) -> Load:
     """Asks a server as fast as it answers, by wrk, from the body of a number on."""
     script = bodies.with_suffix(".lua")
-    script.write_text(SCRIPT.replace("FILE", str(bodies)).replace("FIRST", str(first)))
+    text = SCRIPT.replace("FILE", str(bodies)).replace("FIRST", str(first))
+    script.write_text(text.replace("SALT", str(first)))
     before = server.processor_seconds()
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", f"-s{script}", "--latency"]
     command.append(f"http://127.0.0.1:{server.port}")
@@ -398,6 +475,7 @@ def past_saturation(server: Server, bodies: Path, name: str) -> dict[str, float]
 
 def main(argv: list[str]) -> None:
     from twotower.retrieval.retriever import Retriever
+    from twotower.runtime import run_programs_in_place
 
     logging.set_verbosity(logging.ERROR)
     items = ITEMS // 10 if harness.QUICK.value else ITEMS
@@ -407,12 +485,20 @@ def main(argv: list[str]) -> None:
             bundle.make(kept, items)
         folder = Path(temporary) / "copy"
         shutil.copytree(kept, folder)
+        # As the server does.
+        run_programs_in_place()
         with on_last_core():
             retriever = Retriever.load(folder)
             retriever.warm()
         files = make_bodies(retriever.bundle, Path(temporary))
         # Environments of their own have FastAPI alone; all else is that of this process.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        if _REQUESTS.value:
+            ours = commands(folder, Path(temporary))[OURS]
+            server = stack.enter_context(running(ours, environment))
+            file = make_mixed(retriever.bundle, Path(temporary))
+            watch_memory(server, file, _REQUESTS.value)
+            return
         servers = {
             name: stack.enter_context(running(command, environment))
             for name, command in commands(folder, Path(temporary)).items()

@@ -61,6 +61,29 @@ def test_display_columns_come_with_each_item(retriever):
     }
 
 
+def test_a_list_has_the_columns_that_are_asked_for_in_their_order(retriever):
+    user = busiest(retriever)
+    (item, *_) = retriever.bundle.items["item_id"].to_pylist()
+    kinds = [
+        lambda **options: retriever.recommend(user, k=4, **options),
+        lambda **options: retriever.similar_items(item, k=4, **options),
+        lambda **options: retriever.popular_items(k=4, **options),
+        lambda **options: retriever.newest_items(k=4, column="price", **options),
+    ]
+    for ask in kinds:
+        whole = ask()
+        for columns in ([], (), ["price", "title"]):
+            found = ask(columns=columns)
+            for expected, one in zip(whole, found, strict=True):
+                shown = [(name, expected.display[name]) for name in columns]
+                assert one.item_id == expected.item_id and one.score == expected.score
+                assert list(one.display.items()) == shown
+    with pytest.raises(ConfigError, match=r"'titel'.*'title'"):
+        retriever.recommend(user, columns=["titel"])
+    with pytest.raises(ConfigError, match="must be a list"):
+        retriever.recommend(user, columns="title")
+
+
 def test_a_list_is_short_only_when_the_corpus_is(retriever):
     user = busiest(retriever)
     _, seen = scores_of(retriever, user)

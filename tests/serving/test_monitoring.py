@@ -9,6 +9,7 @@ import pytest
 
 from tests.serving.asking import TOKENS, ask, make_app, post
 from twotower.serving.limits import Limits
+from twotower.serving.metrics import BUCKETS, Metrics
 from twotower.serving.monitoring.log import JsonFormatter, RequestLog
 from twotower.serving.monitoring.served import FEWEST, WAITING, Served, reference_of, stability
 from twotower.serving.processes.rates import Rates
@@ -25,6 +26,32 @@ def test_a_second_slides_over_all_processes(tmp_path):
     # Half a second later half of the ten count.
     assert [second.take(0, 6.5) for _ in range(6)] == [True] * 5 + [False]
     assert first.take(0, 100.0)
+
+
+def test_times_that_are_told_together_count_as_one_by_one():
+    rng = np.random.default_rng(0)
+    together = Metrics()
+    one_by_one = Metrics()
+    # Bounds of buckets belong to them; the last one has no bound.
+    for seconds in [*rng.exponential(0.01, 200).tolist(), *BUCKETS, 0.0, 7.5]:
+        together.count_request("retrieve", 200, "v", seconds)
+        one_by_one._seconds.labels("retrieve", "v").observe(seconds)
+    lines = [
+        [
+            line
+            for line in metrics.format().decode().splitlines()
+            if line.startswith("twotower_request_seconds_") and "created" not in line
+        ]
+        for metrics in (together, one_by_one)
+    ]
+    sums = [[line for line in part if "_sum" in line] for part in lines]
+    assert [line for line in lines[0] if "_sum" not in line] == [
+        line for line in lines[1] if "_sum" not in line
+    ]
+    first, second = (float(line.split()[-1]) for (line,) in sums)
+    assert math.isclose(first, second) and len(lines[0]) == len(BUCKETS) + 3
+    # What was told is told once.
+    assert together.format() == together.format()
 
 
 class OneMoment(Rates):

@@ -375,8 +375,10 @@ def make_app(
         redis: URL of a Redis and name of its keys; "" for none.
         member: This process among several.
     """
+    from twotower.runtime import run_programs_in_place
     from twotower.serving import server
 
+    run_programs_in_place()
     find = None
     url, name = redis
     if url:

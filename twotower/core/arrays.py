@@ -127,6 +127,9 @@ class Ragged:
     def join(self, other: Ragged) -> Ragged:
         """Returns each list followed by that of the same row of `other`."""
         if len(self) == 1:
+            # Somebody new has seen nothing but what the request says.
+            if not len(self.values):
+                return other
             return Ragged.one(np.concatenate([self.values, other.values]))
         rows = np.concatenate([self.rows, other.rows])
         values = np.concatenate([self.values, other.values])

@@ -27,9 +27,11 @@ _VALUES_PER_LOOKUP = 16
 _FEW_VALUES = 1_024
 # Bytes that are hashed by a table of words, of half a megabyte.
 _TABLE_POSITIONS = 64
+# Bytes of texts that are hashed by the table: of more, whole-array operations take less time.
+_MAX_TABLE_BYTES = 256
 _MASK = 2**64 - 1
 # Known values that requests had, whose rows are kept: 150 bytes each at most, and then some text.
-_MAX_RECENT = 16_384
+_MAX_RECENT = 65_536
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -117,7 +119,7 @@ def hash_texts(texts: Sequence[str]) -> UInt64[np.ndarray, " N"]:
     """
     encoded = [text.encode() for text in texts]
     lengths = list(map(len, encoded))
-    if sum(lengths) > _TABLE_POSITIONS:
+    if sum(lengths) > _MAX_TABLE_BYTES or max(lengths, default=0) > _TABLE_POSITIONS:
         offsets = np.cumsum([0, *lengths])
         return _hash_block(np.frombuffer(b"".join(encoded), np.uint8), offsets)
     table = _word_table()

@@ -200,7 +200,13 @@ class ScannIndex(TunedIndex):
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns (rows, scores) [Q, <= k] by the fastest of ScaNN's three calls."""
         if len(queries) == 1:
-            rows, scores = self._searcher.search(queries[0], **options)
+            # As its method of Python does, which takes a microsecond of the thirty.
+            rows, scores = self._searcher.searcher.search(
+                queries[0],
+                options["final_num_neighbors"],
+                options.get("pre_reorder_num_neighbors", -1),
+                options.get("leaves_to_search", -1),
+            )
             return rows[None], scores[None]
         # On one core its threads only stand in each other's way.
         is_large = len(queries) >= MIN_PARALLEL_QUERIES

@@ -118,7 +118,8 @@ def search_filtered(
     if is_usual and len(rows) == 1:
         first = _first_kept(rows[0], exclude.values, k)
         if len(first) == k:
-            return scores[:, first], rows[:, first]
+            kept = _as_slice(first)
+            return scores[:, kept], rows[:, kept]
     keep = _may_come_back(rows, exclude if max_excluded else None, allowed)
     if keep.shape[1] >= k and keep[:, :k].all():  # nearly always: no list has to be packed
         return scores[:, :k], rows[:, :k]
@@ -263,6 +264,13 @@ def _first_kept(rows: np.ndarray, excluded: np.ndarray, k: int) -> list[int]:
         positions.append(position)
         if len(positions) == k:
             break
+    return positions
+
+
+def _as_slice(positions: list[int]) -> list[int] | slice:
+    """Returns positions, which rise, as a slice where they are the first ones: a view, no copy."""
+    if positions[-1] == len(positions) - 1:
+        return slice(len(positions))
     return positions
 
 

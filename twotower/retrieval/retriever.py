@@ -1040,6 +1040,9 @@ class Retriever:
         """
         if names is None:
             return None
+        # The usual requests of a server, for ids and scores.
+        if isinstance(names, (tuple, list)) and not names:
+            return []
         listed = list(members_of(names, "columns"))
         known = [name for name in self._live.catalogue.schema.names if name != "item_id"]
         check_fields(dict.fromkeys(map(str, listed)), known, "columns: the bundle")
@@ -1287,6 +1290,9 @@ def _rerank_lists(
 
 def _check_options(exclude_seen: bool, popularity_weight: float) -> None:
     """Refuses what is no flag, and no finite number."""
+    # What is said where nothing is, by nearly all requests.
+    if exclude_seen is True and popularity_weight == 0.0 and type(popularity_weight) is float:
+        return
     if not isinstance(exclude_seen, (bool, np.bool_)):
         raise ConfigError(f"exclude_seen={echo(exclude_seen)} must be True or False.")
     is_number = isinstance(popularity_weight, (int, float, np.integer, np.floating))
@@ -1329,6 +1335,8 @@ def _mean_direction(
 
 def _same_list(numbers: np.ndarray, count: int) -> Ragged:
     """Returns the same list for each of `count` queries."""
+    if count == 1:
+        return Ragged.one(numbers.astype(np.int32))
     # int32, as rows are in all lists of exclusions.
     offsets = np.arange(count + 1, dtype=np.int64) * len(numbers)
     return Ragged(offsets, np.tile(numbers, count).astype(np.int32))

@@ -66,6 +66,9 @@ def check_changed(retriever, changed, before):
         everything["item_id"]
     )
     assert len(everything["item_id"]) == 5 * size
+    # Ids alone are read otherwise than rows with their columns.
+    for lists in zip(retriever.popular_items(size), retriever.popular_items(size, columns=())):
+        assert lists[0].item_id == lists[1].item_id
     for item in changed["there"]:
         shown = retriever.item(item)
         vector = retriever.encode_items([{"item_id": item, "price": shown.display["price"]}])[0]

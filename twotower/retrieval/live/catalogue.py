@@ -90,7 +90,13 @@ class LiveCatalogue:
         counts = np.asarray(counts)
         # Just indexed: the number of an item is its row.
         base = BaseSegment.build(
-            index, vectors, items, counts, np.arange(size, dtype=np.int64), num_numbers=size
+            index,
+            vectors,
+            items,
+            counts,
+            np.arange(size, dtype=np.int64),
+            num_numbers=size,
+            ids=tuple(ids),
         )
         numbers = {item: number for number, item in enumerate(ids)}
         return cls(base, numbers, counts, lock=lock or threading.RLock())
@@ -247,8 +253,16 @@ class LiveCatalogue:
         index = build(vectors, items, counts)
         with self.lock:
             now = self.snapshot
+            # In the order of their numbers, which only grow.
+            known = list(self.numbers)
             base = BaseSegment.build(
-                index, vectors, items, counts, numbers, num_numbers=len(self.numbers)
+                index,
+                vectors,
+                items,
+                counts,
+                numbers,
+                num_numbers=len(self.numbers),
+                ids=tuple(known[number] for number in numbers.tolist()),
             )
             rebuilt = LiveCatalogue(
                 base, self.numbers, self._counts, lock=self.lock, version=now.version

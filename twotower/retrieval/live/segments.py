@@ -50,6 +50,8 @@ class BaseSegment:
         numbers: Number of each row's item, int64 [N].
         row_by_number: Row of each number, int64; -1 without one.
         removed_by: Change that removed each row, int64 [N].
+        ids: Id of each row, the same objects as elsewhere in memory; None to read them from
+            `items`.
     """
 
     index: Index
@@ -59,6 +61,7 @@ class BaseSegment:
     numbers: np.ndarray
     row_by_number: np.ndarray
     removed_by: np.ndarray
+    ids: Sequence[str] | None = None
 
     @classmethod
     def build(
@@ -69,6 +72,7 @@ class BaseSegment:
         counts: np.ndarray,
         numbers: np.ndarray,
         num_numbers: int,
+        ids: Sequence[str] | None = None,
     ) -> BaseSegment:
         """Returns the segment of N items, all of them there.
 
@@ -79,12 +83,13 @@ class BaseSegment:
             counts: Training rows of each item, int64 [N].
             numbers: Number of each item, int64 [N].
             num_numbers: Number of the items that ever existed, whose numbers lie below it.
+            ids: Ids of the items, where they are in memory as texts of Python.
         """
         row_by_number = np.full(num_numbers, -1, np.int64)
         row_by_number[numbers] = np.arange(len(numbers))
         removed_by = np.full(len(numbers), NOT_REMOVED)
         return cls(
-            index, vectors, items.combine_chunks(), counts, numbers, row_by_number, removed_by
+            index, vectors, items.combine_chunks(), counts, numbers, row_by_number, removed_by, ids
         )
 
     def __len__(self) -> int:
@@ -126,6 +131,10 @@ class BaseSegment:
 
     def read_ids(self, rows: Sequence[int]) -> list[str]:
         """Returns the id of the item in some rows."""
+        # Two bounds and the bytes between them lie apart in memory, and a text is made of them.
+        if self.ids is not None:
+            ids = self.ids
+            return [ids[row] for row in rows]
         names, readers = self._readers
         return readers[names.index("item_id")](rows)
 

@@ -111,11 +111,14 @@ class Snapshot:
         if cosine:
             # The same index where vectors have length 1.
             index, vectors = base.unit_vectors
-        # Checked here, before a coordinate is appended that would hide a query of zeros.
-        queries = check_queries(queries, vectors.shape[1], normalized=index.normalized)
+        has_coordinate = index.dim > vectors.shape[1]  # one more, of popularity
+        # Checked here, before a coordinate is appended that would hide a query of zeros; otherwise
+        # where the index is searched.
+        if has_coordinate or self.num_slots:
+            queries = check_queries(queries, vectors.shape[1], normalized=index.normalized)
         index_queries = queries
         coordinate = None
-        if index.dim > vectors.shape[1]:  # one more coordinate, of popularity
+        if has_coordinate:
             coordinate, factor = base.popularity_coordinate
             index_queries = append_coordinate(queries, popularity_weight * factor)
         # Silence would rank as if it had been weighed.
@@ -245,10 +248,11 @@ class Snapshot:
     def position_of(self, number: int) -> int:
         """Returns the position of an item by its number; -1 if it does not exist."""
         # The memtable first: a slot holds the newer version of an item.
-        in_slots = self.memtable.numbers[: self.num_slots] == number
-        slots = np.flatnonzero(in_slots & self._is_slot_alive)
-        if slots.size:
-            return len(self.base) + int(slots[-1])
+        if self.num_slots:
+            in_slots = self.memtable.numbers[: self.num_slots] == number
+            slots = np.flatnonzero(in_slots & self._is_slot_alive)
+            if slots.size:
+                return len(self.base) + int(slots[-1])
         row = self.base.row_of(number)
         if row < 0 or self.base.removed_by[row] <= self.version:
             return -1
