@@ -350,8 +350,12 @@ def ask_steadily(server: Server, body: str, *, seconds: int) -> float:
     command = ["hey", "-z", f"{seconds}s", "-c", "10", "-q", "100", "-m", "POST", "-d", body]
     command += ["-T", "application/json", f"http://127.0.0.1:{server.port}/v1/retrieve"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    (p99,) = re.findall(r"99%% in ([\d.]+) secs|99% in ([\d.]+) secs", printed)
-    return 1e3 * float(p99[0] or p99[1])
+    # Of fewer than a hundred answers, on a machine that is busy with other work, hey tells none.
+    found = re.search(r"99%+ in ([\d.]+) secs", printed) or re.search(
+        r"Slowest:\s*([\d.]+)", printed
+    )
+    assert found is not None, printed
+    return 1e3 * float(found[1])
 
 
 @contextlib.contextmanager
