@@ -42,6 +42,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -468,13 +469,41 @@ def print_figures(figures: Mapping[str, Mapping[str, float]]) -> None:
 
 def past_saturation(server: Server, bodies: Path, name: str) -> dict[str, float]:
     """Prints and returns what becomes of more requests than can be answered."""
+    before = count_seconds(server)
     load = ask(server, bodies, connections=BEYOND, seconds=5)
+    after = count_seconds(server)
     print(
         f"past saturation, {BEYOND} connections, {name}: {load.ok / load.seconds:,.0f}/s answered, "
         f"{load.shed / load.seconds:,.0f}/s refused, {load.other} others, "
         f"slowest {load.slowest:.1f} ms"
     )
-    return load._asdict()
+    figures = load._asdict()
+    if after:
+        # Of those that were answered, from their arrival in the server to their answer.
+        counts = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
+        total = counts[float("inf")]
+        figures["p99 seconds in the server"] = min(
+            bound for bound, count in counts.items() if count >= 0.99 * total
+        )
+        figures["most seconds in the server"] = min(
+            bound for bound, count in counts.items() if count >= total
+        )
+        shown = [figures[f"{name} seconds in the server"] for name in ("p99", "most")]
+        print(f"  in the server at most {shown[0]:g} s (99 %), {shown[1]:g} s (all)")
+    return figures
+
+
+def count_seconds(server: Server) -> dict[float, float]:
+    """Returns the number of answered lists by the bound of their time; none of another server."""
+    try:
+        address = f"http://127.0.0.1:{server.port}/metrics"
+        text = urllib.request.urlopen(address).read().decode()
+    except urllib.error.HTTPError:
+        return {}
+    bucket = (
+        r'twotower_request_seconds_bucket\{endpoint="retrieve",le="([^"]+)",version="\w+"\} (\S+)'
+    )
+    return {float(bound): float(count) for bound, count in re.findall(bucket, text)}
 
 
 def main(argv: list[str]) -> None:

@@ -139,6 +139,7 @@ def test_a_bundle_tells_what_it_served_and_its_own_users_are_no_drift(retriever,
     app.answers.served = Served(reference_of(retriever))
     for user in retriever.bundle.users["user_id"].to_pylist()[:FEWEST]:
         post(app, "retrieve", user_id=user)
+    app.answers.served.count()
     app._tell_figures()
     text = ask(app, "GET", "/metrics").text
     lines = [line.split() for line in text.splitlines() if not line.startswith("#")]

@@ -1114,7 +1114,8 @@ class App(Service):
             cache.hits = 0
             cache.misses = 0
             if answers.served is not None:
-                figures = answers.served.look(len(answers.retriever))
+                # What waits was counted before, a part at a time.
+                figures = answers.served.look(len(answers.retriever), count=0)
                 self.metrics.set_figures(answers.version, figures)
 
     def set_gauges(self) -> None:

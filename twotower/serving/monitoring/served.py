@@ -64,7 +64,9 @@ class Served:
         self._new: collections.deque[tuple[Any, Answer]] = collections.deque(maxlen=WAITING)
         self._lists: collections.deque[list[str]] = collections.deque()
         self._counts: collections.Counter[str] = collections.Counter()
-        self._parts: collections.deque[np.ndarray] = collections.deque(maxlen=LISTS)
+        self._parts: collections.deque[np.ndarray] = collections.deque()
+        # Their sum, kept as they come and go: adding all of them up would keep requests waiting.
+        self._parts_sum = np.zeros(PARTS, np.int64)
 
     def add(self, request: Any, answer: Answer) -> None:
         """Keeps a list until the next look.
@@ -84,13 +86,14 @@ class Served:
         for _ in range(min(at_most, len(self._new))):
             self._count(*self._new.popleft())
 
-    def look(self, num_items: int) -> Figures:
+    def look(self, num_items: int, *, count: int = WAITING) -> Figures:
         """Returns the figures of the last lists.
 
         Args:
             num_items: Number of items now.
+            count: Greatest number of waiting lists that are counted before.
         """
-        self.count()
+        self.count(count)
         if len(self._lists) < FEWEST:
             return Figures(math.nan, math.nan, math.nan)
         shown = np.sort(np.fromiter(self._counts.values(), np.int64, len(self._counts)))
@@ -115,7 +118,11 @@ class Served:
         # are of another kind.
         is_plain = isinstance(request, Retrieve) and not request.offset
         if is_plain and not request.popularity_weight and len(self._edges):
-            self._parts.append(self._parts_of(items[:K]))
+            parts = self._parts_of(items[:K])
+            self._parts.append(parts)
+            self._parts_sum += parts
+            if len(self._parts) > LISTS:
+                self._parts_sum -= self._parts.popleft()
 
     def _parts_of(self, items: Sequence[Item]) -> np.ndarray:
         """Returns the number of scores of a list in each part of the reference, int [P]."""
@@ -124,7 +131,7 @@ class Served:
         return np.bincount(np.searchsorted(self._edges, found), minlength=PARTS)
 
     def _drift(self) -> float:
-        counts = np.sum(self._parts, axis=0)
+        counts = self._parts_sum
         # Lists of somebody unknown have no score of the model.
         if len(self._parts) < FEWEST or not counts.sum():
             return math.nan
