@@ -49,7 +49,8 @@ class BigQuery:
 
     Attributes:
         tables: "dataset.table" -> its resource and rows.
-        queries: SQL -> the result; anything else is a syntax error.
+        queries: SQL -> the result; anything else is a syntax error, or run by `database`.
+        database: `tests.bigquery_sql.Database` that runs all other SQL; None for none.
         broken: where it is set, load jobs fail at the end, with it as their message.
         page: rows of an answer.
         calls: "METHOD path" of every request.
@@ -59,6 +60,7 @@ class BigQuery:
         self.datasets: set[str] = {"shop"}
         self.tables: dict[str, Table] = {}
         self.queries: dict[str, pa.Table] = {}
+        self.database: Any = None
         self.broken = ""
         self.page = 1000
         self.calls: list[str] = []
@@ -108,6 +110,8 @@ class BigQuery:
         """A query job."""
         job = json.loads(body)
         sql = job["configuration"]["query"]["query"]
+        if self.database is not None:
+            return self._run(job, sql)
         if sql not in self.queries:
             raise Refused(400, "invalidQuery", f"Syntax error: Unexpected query {sql!r} at [1:1]")
         job["configuration"]["query"]["destinationTable"] = {
@@ -117,9 +121,29 @@ class BigQuery:
         }
         return self._done(job | {"statistics": {"query": {"statementType": "SELECT"}}})
 
+    def _run(self, job: dict[str, Any], sql: str) -> dict[str, Any]:
+        """A query that is only described, or a script with the tables that it leaves."""
+        configuration = job["configuration"]
+        try:
+            if configuration.get("dryRun"):
+                rows = self.database.select(sql, limit=0)
+                described = {"schema": {"fields": fields(rows)}}
+                statistics = {"query": described, "totalBytesProcessed": "1234567"}
+                job.setdefault("jobReference", {"projectId": "p"}).setdefault("jobId", "dry")
+                return self._done(job | {"statistics": statistics})
+            self.database.run(sql)
+            for name in self.database.tables():
+                self.put(name, self.database.rows(name))
+        # Otherwise the client would ask again for minutes.
+        except Exception as error:
+            raise Refused(400, "invalidQuery", f"{type(error).__name__}: {error}") from error
+        return self._done(job | {"statistics": {"query": {"statementType": "SCRIPT"}}})
+
     def results(self, project: str, job: str, query: dict, body: bytes) -> dict[str, Any]:
-        rows = self.queries[self.jobs[job]["configuration"]["query"]["query"]]
         reference = self.jobs[job]["jobReference"]
+        if self.database is not None:
+            return {"jobComplete": True, "jobReference": reference}
+        rows = self.queries[self.jobs[job]["configuration"]["query"]["query"]]
         return {
             "jobComplete": True,
             "jobReference": reference,

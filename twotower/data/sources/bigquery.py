@@ -21,7 +21,7 @@ from twotower.core.install import extra
 from twotower.data.tables import Origin
 
 if TYPE_CHECKING:  # an extra, which is not always installed
-    from google.cloud.bigquery import Client
+    from google.cloud.bigquery import Client, Table
     from google.cloud.bigquery.table import RowIterator
 
 SECONDS_BETWEEN_LOG_LINES = 30.0
@@ -147,7 +147,16 @@ def _messages(error: Exception) -> list[str]:
 
 def _read_batches(client: Client, config: TableConfig, name: str) -> Iterator[pa.RecordBatch]:
     """Yields the rows page by page, and logs their number now and then."""
-    rows = _find_rows(client, config, name)
+    return read_pages(_find_rows(client, config, name), name)
+
+
+def read_pages(rows: RowIterator, name: str) -> Iterator[pa.RecordBatch]:
+    """Yields rows page by page, and logs their number now and then.
+
+    Args:
+        rows: Rows as BigQuery's client lists them.
+        name: Name of the table, for the log.
+    """
     count = 0
     last_logged = time.monotonic()
     # Pages as Arrow tables, so that no row becomes a Python object.
@@ -163,20 +172,34 @@ def _find_rows(client: Client, config: TableConfig, name: str) -> RowIterator:
     """Returns the rows of the table or query, as an iterator of BigQuery's client."""
     if config.query:
         return client.query(config.query).result()
+    table = find_table(client, config, name)
+    # Listing rows costs nothing; a query is billed by the bytes that it reads.
+    if table.table_type == "TABLE":
+        return client.list_rows(table)
+    # Rows of a view cannot be listed.
+    return client.query(f"SELECT * FROM `{table.reference}`").result()
+
+
+def find_table(client: Client, config: TableConfig, name: str) -> Table:
+    """Returns the table or view that a configuration names by its path.
+
+    Args:
+        client: Client of BigQuery.
+        config: Options of the table.
+        name: Name of the table in the configuration, for messages.
+
+    Raises:
+        ConfigError: There is no path, or it is no name of a table.
+    """
     if not config.path:
         raise ConfigError(
             f"config.data.{name}.path={config.path!r} must name a table, DATASET.TABLE, or else "
             "give a query."
         )
     try:
-        table = client.get_table(config.path)
+        return client.get_table(config.path)
     except ValueError as error:  # raised where the name has another form
         raise ConfigError(
             f"config.data.{name}.path={config.path!r} must be PROJECT.DATASET.TABLE or "
             "DATASET.TABLE."
         ) from error
-    # Listing rows costs nothing; a query is billed by the bytes that it reads.
-    if table.table_type == "TABLE":
-        return client.list_rows(table)
-    # Rows of a view cannot be listed.
-    return client.query(f"SELECT * FROM `{table.reference}`").result()

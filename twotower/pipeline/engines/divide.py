@@ -72,6 +72,24 @@ def split_log(database: Database, log: Log, config: SplitConfig) -> Log:
             "ALTER TABLE log RENAME TO undivided; "
             f"CREATE VIEW log AS SELECT *, ({part})::TINYINT AS part FROM undivided"
         )
+    return check_split(database, log, config)
+
+
+def check_split(database: Database, log: Log, config: SplitConfig) -> Log:
+    """Refuses parts that are too small, and audits the rows of a log that has been divided.
+
+    Args:
+        database: Rows of the log, with the column `part`.
+        log: The log.
+        config: Kind of the split.
+
+    Returns:
+        The log, with a note on the rows that the audit has dropped: they have no part.
+
+    Raises:
+        ConfigError: A part that has a share is empty, or train too small.
+        LeakageError: The split leaks.
+    """
     sizes = part_sizes(database)
     total = sum(sizes)
     # Before parts without rows are told: rows of one second are the cause of both.

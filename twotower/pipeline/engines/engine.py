@@ -19,6 +19,7 @@ from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
 from twotower.pipeline.engines.kept.stages import SCRATCH, key_of
 from twotower.pipeline.engines.on_disk import prepare_on_disk
 from twotower.pipeline.engines.unfinished import preparing
+from twotower.pipeline.engines.warehouse.bring import prepare_in_warehouse
 from twotower.pipeline.prepare import prepare
 from twotower.pipeline.streaming.prepared import write_shards
 from twotower.pipeline.streaming.stream import check_installed
@@ -33,6 +34,8 @@ def prepare_folder(
     engine: str = "memory",
     memory: str = "4GB",
     max_bad_rows: int | None = None,
+    tables: str = "",
+    export: str = "",
 ) -> DataReport | None:
     """Prepares the log that a configuration names into a folder, with its encoder, and with the
     shards of a training that streams.
@@ -45,9 +48,13 @@ def prepare_folder(
         config: Configuration whose data, split, features and labels are prepared.
         folder: Folder to write to; it is made if there is none.
         engine: Kind of engine.
-        memory: Memory that the engine "duckdb" keeps to, such as "4GB".
+        memory: Memory that engines keep to which hold no rows in it, such as "4GB".
         max_bad_rows: Number of rows with other fields than the header that may be left out; None
             for what `bad_rows` of the tables says.
+        tables: DATASET.NAME, the beginning of the names of the tables that the engine "bigquery"
+            leaves.
+        export: Folder of a bucket, by way of which the engine "bigquery" hands its rows over; empty
+            for pages of its own interface.
 
     Returns:
         Facts about the data; None where the folder keeps none.
@@ -60,7 +67,8 @@ def prepare_folder(
     """
     # Both before the folder is locked: a mistake should leave no folder behind.
     run = choose(_ENGINES, engine, "--engine")
-    size = parse_memory(memory)
+    options = Options(parse_memory(memory), max_bad_rows, tables, export)
+    _check_options(engine, options)
     if config.training.input == "stream":
         check_installed()
     again = "Then give the same command again: it goes on with what is whole."
@@ -72,7 +80,7 @@ def prepare_folder(
             discard(folder / SCRATCH)
         else:
             with preparing(folder, key_of(config, engine, max_bad_rows)):
-                run(config, folder, size, max_bad_rows)
+                run(config, folder, options)
         if config.training.input == "stream":
             encoder = data_folder.load_encoder(folder)
             write_shards(data_folder.load(folder, config, encoder), folder)
@@ -99,19 +107,53 @@ def parse_memory(text: str) -> int:
     return int(float(number) * factor)
 
 
-def _prepare_in_memory(config: Config, folder: Path, memory: int, max_bad_rows: int | None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of engines; see `prepare_folder`."""
+
+    memory: int
+    max_bad_rows: int | None
+    tables: str
+    export: str
+
+
+def _check_options(engine: str, options: Options) -> None:
+    """Refuses options that the engine does not read."""
+    if engine == "bigquery":
+        if options.max_bad_rows is not None:
+            raise ConfigError(
+                f"--max_bad_rows={options.max_bad_rows} is of files of text, and --engine=bigquery "
+                "reads tables: leave it out."
+            )
+        return
+    for name in ("tables", "export"):
+        value = getattr(options, name)
+        if value:
+            raise ConfigError(f"--{name}={value!r} is of --engine=bigquery: leave it out.")
+
+
+def _prepare_in_memory(config: Config, folder: Path, options: Options) -> None:
     """Prepares a log that fits into memory, whatever that is."""
-    # All engines are called alike.
-    del memory
-    prepared = prepare(with_bad_rows(config, max_bad_rows))
+    prepared = prepare(with_bad_rows(config, options.max_bad_rows))
     if prepared.report is not None:
-        check_bad_rows(prepared.report.dropped, max_bad_rows)
+        check_bad_rows(prepared.report.dropped, options.max_bad_rows)
     prepared.encoder.save(folder / "encoder")
     # As it was given: a run that shares the folder compares its own with it.
     data_folder.save(dataclasses.replace(prepared, config=config), folder)
 
 
-_ENGINES: dict[str, Callable[[Config, Path, int, int | None], None]] = {
+def _prepare_on_disk(config: Config, folder: Path, options: Options) -> None:
+    prepare_on_disk(config, folder, options.memory, options.max_bad_rows)
+
+
+def _prepare_in_warehouse(config: Config, folder: Path, options: Options) -> None:
+    prepare_in_warehouse(
+        config, folder, options.memory, tables=options.tables, export=options.export
+    )
+
+
+_ENGINES: dict[str, Callable[[Config, Path, Options], None]] = {
     "memory": _prepare_in_memory,
-    "duckdb": prepare_on_disk,
+    "duckdb": _prepare_on_disk,
+    "bigquery": _prepare_in_warehouse,
 }

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -119,38 +119,69 @@ def read_log(database: Database, config: Config, spec: FeatureSpec, folder: Path
     for key in KEYS:
         codes[key], ids[key] = _codes_of_texts(rows, reader, contract, key)
     dropped = _insert_rows(database, rows, reader, codes)
-    by_name = {raw.name: table for raw, table in zip(sides, tables, strict=True)}
-    notes: list[Dropped] = []
-    found = []
-    entities = {}
-    for key, name in zip(KEYS, ("user_table", "item_table"), strict=True):
-        of_log = pa.chunked_array([ids[key]])
-        # Of the rows that are left: an id that only dropped rows have makes no user or item.
-        if dropped:
-            of_log = pa.chunked_array([_ids_of_log(database, key, ids[key])])
-        side = "user" if key == "user_id" else "item"
-        entities[key] = collect_entities(by_name.get(name), of_log, side, notes, found)
-    check_matches(found, config.data.accept)
-    warnings = []
-    for key, table in entities.items():
-        if forms[key] is IdForm.TEXT:
-            warnings += near_equal_ids(table[key], "user" if key == "user_id" else "item")
+    # Of the rows that are left: an id that only dropped rows have makes no user or item.
+    of_log = ids
+    if dropped:
+        of_log = {key: _ids_of_log(database, key, values) for key, values in ids.items()}
     # In the order in which memory notes them, so that both reports are the same.
     skipped = skipped_rows(sides)
     if reader.skipped is not None:
         skipped = [reader.skipped, *skipped]
-    schema = _schema(reader.schema, ids)
-    dataset = Dataset(
+    dataset = make_dataset(
+        coded_schema(reader.schema, ids),
+        of_log,
+        {raw.name: table for raw, table in zip(sides, tables, strict=True)},
+        contract,
+        config.data.accept,
+        dropped=[*skipped, *dropped],
+    )
+    return Log(dataset, reader.columns, ids)
+
+
+def make_dataset(
+    schema: pa.Schema,
+    of_log: Mapping[str, pa.Array],
+    tables: Mapping[str, pa.Table],
+    contract: Contract,
+    accept: Sequence[str],
+    *,
+    dropped: Sequence[Dropped],
+) -> Dataset:
+    """Returns a log but for its rows, with the tables of its users and items.
+
+    Args:
+        schema: Schema of the rows, with ids as codes.
+        of_log: "user_id" and "item_id" -> ids of the rows, in order of first appearance.
+        tables: "user_table" and "item_table" -> table with our names and types, of those there are.
+        contract: Contract of the log.
+        accept: Option `config.data.accept`.
+        dropped: Notes on the rows that were left out.
+
+    Raises:
+        ConfigError: A table has next to none of the ids of the log.
+    """
+    notes: list[Dropped] = []
+    found = []
+    warnings = []
+    entities = {}
+    sides: dict[str, Literal["user", "item"]] = {"user_id": "user", "item_id": "item"}
+    for key, side in sides.items():
+        ids = pa.chunked_array([of_log[key]])
+        entities[key] = collect_entities(tables.get(f"{side}_table"), ids, side, notes, found)
+    check_matches(found, accept)
+    for key, side in sides.items():
+        if getattr(contract, key) is IdForm.TEXT:
+            warnings += near_equal_ids(entities[key][key], side)
+    return Dataset(
         interactions=schema.empty_table(),
         users=entities["user_id"],
         items=entities["item_id"],
-        has_catalogue="item_table" in by_name,
-        dropped=(*skipped, *dropped, *notes),
+        has_catalogue="item_table" in tables,
+        dropped=(*dropped, *notes),
         matches=tuple(found),
         warnings=tuple(warnings),
         contract=contract,
     )
-    return Log(dataset, reader.columns, ids)
 
 
 def _read_or_find(reader: _Reader, folder: Path) -> Rows:
@@ -480,11 +511,16 @@ def _insert_rows(
             dropped.append(Dropped(f"without {key}", count, left))
             left -= count
     if not left:
-        raise ConfigError(
-            f"interactions: none of {total} rows has both a user_id and an item_id; check "
-            "config.data.interactions.columns, which maps them to columns of the file."
-        )
+        raise none_with_ids(total)
     return dropped
+
+
+def none_with_ids(total: int) -> ConfigError:
+    """Returns the error of a log of `total` rows none of which has both ids."""
+    return ConfigError(
+        f"interactions: none of {total} rows has both a user_id and an item_id; check "
+        "config.data.interactions.columns, which maps them to columns of the file."
+    )
 
 
 def _types(schema: pa.Schema) -> Iterator[tuple[str, pa.DataType]]:
@@ -503,7 +539,7 @@ def _ids_of_log(database: Database, key: str, values: pa.Array) -> pa.Array:
     return values.take(join_chunks(codes["code"]))
 
 
-def _schema(schema: pa.Schema, ids: dict[str, pa.Array]) -> pa.Schema:
+def coded_schema(schema: pa.Schema, ids: dict[str, pa.Array]) -> pa.Schema:
     """Returns the schema of the rows with codes in the place of ids."""
     for key, values in ids.items():
         coded = pa.dictionary(pa.int32(), values.type)

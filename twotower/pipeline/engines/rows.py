@@ -63,9 +63,31 @@ def filter_log(database: Database, log: Log, config: DataConfig) -> Log:
         # Before rows are compared: a time that is missing makes NOT IN keep every row.
         _check_times(database, log)
         dropped.append(_drop(database, f"duplicates={config.duplicates!r}", sql))
-    dataset = log.dataset
     if config.k_core:
         dropped.append(_drop_to_core(database, config.k_core))
+    return check_filtered(database, log, config, dropped, warnings)
+
+
+def check_filtered(
+    database: Database,
+    log: Log,
+    config: DataConfig,
+    dropped: Sequence[Dropped],
+    warnings: Sequence[str],
+) -> Log:
+    """Checks the rows that filters have left, and notes what these have dropped.
+
+    Args:
+        database: Rows of the log.
+        log: The log.
+        config: Options of the data.
+        dropped: Note of each filter.
+        warnings: Sentences on their conditions.
+
+    Raises:
+        ConfigError: No row is left, or the times of those that are cannot be right.
+    """
+    dataset = log.dataset
     if not database.value("SELECT count(*) FROM log"):
         raise no_rows_left(dropped, warnings)
     if config.k_core:

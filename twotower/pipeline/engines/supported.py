@@ -8,10 +8,14 @@ from twotower.data.sources.load import describes_items
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.engines.divide import KINDS
 from twotower.pipeline.engines.log import PARQUET
+from twotower.pipeline.engines.warehouse import script
 from twotower.pipeline.labels import label_columns
 
 # Names of the source whose files are text.
 _TEXT = ("csv", "tsv", "text", "file")
+# Sources and kinds of split of an engine, where these are not those of files and of a database.
+_SOURCES = {"bigquery": ("bigquery", "bq", "sql")}
+_SPLITS = {"bigquery": script.KINDS}
 
 
 def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
@@ -26,17 +30,22 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
         ConfigError: An option is not done here; the message names it.
     """
     data = config.data
+    sources = _SOURCES.get(engine, (*_TEXT, *PARQUET))
+    kinds = _SPLITS.get(engine, KINDS)
     undone = {
-        f"data.source={data.source!r}": data.source not in (*_TEXT, *PARQUET),
+        f"data.source={data.source!r}": data.source not in sources,
         f"data.item_group={data.item_group!r}": bool(data.item_group),
         f"data.item_table.path={data.item_table.path!r}, the file of the log": describes_items(
             data
         ),
         f"data.validation.path={data.validation.path!r}": bool(data.validation.path),
         f"data.test.path={data.test.path!r}": bool(data.test.path),
+        # Of files a query is refused where they are found to be missing.
+        "data.validation.query": bool(data.validation.query),
+        "data.test.query": bool(data.test.query),
         # Padded rows are read once more, when the others are known.
         "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
-        f"split.kind={config.split.kind!r}": config.split.kind not in KINDS,
+        f"split.kind={config.split.kind!r}": config.split.kind not in kinds,
         f"split.ties={config.split.ties!r}": config.split.kind == "leave_last_out"
         and config.split.ties != "file",
         f"split.validation_by={config.split.validation_by!r}": config.split.validation_by != "kind",
