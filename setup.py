@@ -55,6 +55,7 @@ EXTRAS = {
         "ruff>=0.14",
         "schemathesis>=4.0",
         "setuptools>=77",  # builds the wheel that a test looks into
+        "sqlglot>=26.0",  # tests run BigQuery's SQL on DuckDB
     ],
 }
 
@@ -108,6 +109,7 @@ setup(
     package_data={
         "twotower": ["py.typed"],
         "twotower.evaluation.report": ["static/*"],
+        "twotower.pipeline.engines.warehouse": ["templates/*.sql"],
         "twotower.retrieval.item_map": ["map.js"],
         "twotower.serving.page": ["static/*"],
     },

@@ -69,10 +69,20 @@ class BigQuery:
 
     def put(self, name: str, rows: pa.Table, kind: str = "TABLE") -> None:
         """A table that is there already."""
+        project = self.database.project if self.database else "p"
         self.tables[name] = Table(
-            {**_reference("p", *name.split(".")), "type": kind, "schema": {"fields": fields(rows)}},
+            {
+                **_reference(project, *name.split(".")),
+                "type": kind,
+                "schema": {"fields": fields(rows)},
+            },
             rows,
         )
+
+    def add(self, name: str, rows: pa.Table) -> None:
+        """A table that is there already, for SQL too."""
+        self.database.put(name, rows)
+        self.put(name, rows)
 
     def answer(self, method: str, path: str, query: dict[str, str], body: bytes) -> dict[str, Any]:
         for verb, pattern, handler in ROUTES:
@@ -111,9 +121,12 @@ class BigQuery:
         job = json.loads(body)
         sql = job["configuration"]["query"]["query"]
         if self.database is not None:
-            return self._run(job, sql)
+            return self._run(job, project, sql)
         if sql not in self.queries:
             raise Refused(400, "invalidQuery", f"Syntax error: Unexpected query {sql!r} at [1:1]")
+        return self._select(job, project)
+
+    def _select(self, job: dict[str, Any], project: str) -> dict[str, Any]:
         job["configuration"]["query"]["destinationTable"] = {
             "projectId": project,
             "datasetId": "_anonymous",
@@ -121,16 +134,19 @@ class BigQuery:
         }
         return self._done(job | {"statistics": {"query": {"statementType": "SELECT"}}})
 
-    def _run(self, job: dict[str, Any], sql: str) -> dict[str, Any]:
+    def _run(self, job: dict[str, Any], project: str, sql: str) -> dict[str, Any]:
         """A query that is only described, or a script with the tables that it leaves."""
         configuration = job["configuration"]
         try:
             if configuration.get("dryRun"):
                 rows = self.database.select(sql, limit=0)
-                described = {"schema": {"fields": fields(rows)}}
+                described = {"schema": {"fields": fields(rows)}, "totalBytesProcessed": "1234567"}
                 statistics = {"query": described, "totalBytesProcessed": "1234567"}
                 job.setdefault("jobReference", {"projectId": "p"}).setdefault("jobId", "dry")
                 return self._done(job | {"statistics": statistics})
+            if sql.startswith("SELECT"):
+                self.queries[sql] = self.database.select(sql)
+                return self._select(job, project)
             self.database.run(sql)
             for name in self.database.tables():
                 self.put(name, self.database.rows(name))
@@ -141,9 +157,11 @@ class BigQuery:
 
     def results(self, project: str, job: str, query: dict, body: bytes) -> dict[str, Any]:
         reference = self.jobs[job]["jobReference"]
-        if self.database is not None:
+        sql = self.jobs[job]["configuration"]["query"]["query"]
+        # A script has no rows.
+        if self.database is not None and sql not in self.queries:
             return {"jobComplete": True, "jobReference": reference}
-        rows = self.queries[self.jobs[job]["configuration"]["query"]["query"]]
+        rows = self.queries[sql]
         return {
             "jobComplete": True,
             "jobReference": reference,

@@ -1,4 +1,4 @@
-"""BigQuery's SQL and its scripts on DuckDB, which `sqlglot` translates one statement after the other.
+"""BigQuery's SQL and its scripts on DuckDB, translated by `sqlglot` statement by statement.
 
 What BigQuery itself would refuse and DuckDB takes is not seen, but for errors of syntax.
 """
@@ -23,16 +23,16 @@ class Database:
     """Tables "dataset.table" of one project, and the objects of buckets that are written.
 
     Attributes:
-        objects: "gs://BUCKET/NAME" -> content.
         statements: Statements that were run, in BigQuery's SQL.
+        variables: Values of the variables of the last script.
     """
 
     def __init__(self, project: str = "p"):
         self.connection = duckdb.connect(config={"threads": 2})
-        self.connection.execute(f"SET TimeZone = 'UTC'; ATTACH ':memory:' AS {project}")
+        self.connection.execute(f"SET TimeZone = 'UTC'; ATTACH ':memory:' AS \"{project}\"")
         self.project = project
-        self.objects: dict[str, bytes] = {}
         self.statements: list[str] = []
+        self.variables: dict[str, object] = {}
         self.schemas: set[str] = set()
 
     def put(self, name: str, rows: pa.Table) -> None:
@@ -49,8 +49,15 @@ class Database:
             self.connection.execute(f'CREATE SCHEMA "{self.project}"."{dataset}"')
             self.schemas.add(dataset)
 
+    def write(self, name: str, content: bytes) -> None:
+        """Writes an object "BUCKET/NAME"; a test puts that of its buckets in its place."""
+        raise NotImplementedError(name)
+
     def tables(self) -> list[str]:
-        sql = f"SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = '{self.project}'"
+        sql = (
+            "SELECT schema_name, table_name FROM duckdb_tables() "
+            f"WHERE database_name = '{self.project}'"
+        )
         return [".".join(row) for row in self.connection.execute(sql).fetchall()]
 
     def rows(self, name: str) -> pa.Table:
@@ -64,7 +71,7 @@ class Database:
 
     def run(self, script: str) -> None:
         """Runs a script: declarations, assignments, WHILE loops, and other statements."""
-        self.variables: dict[str, object] = {}
+        self.variables = {}
         try:
             self._run_block(split(script))
         finally:
@@ -119,7 +126,7 @@ class Database:
             file = io.BytesIO()
             pq.write_table(part, file)
             uri = values["uri"].replace("*", f"{number:012d}")
-            self.objects[uri.removeprefix("gs://")] = file.getvalue()
+            self.write(uri.removeprefix("gs://"), file.getvalue())
 
     def _typed(self, sql: str) -> pa.Table:
         """Rows with the types that BigQuery has, whose whole numbers are all of 64 bits."""

@@ -11,8 +11,8 @@ The first line of a page may name what its reader has already:
 
     <!-- given: runs/quickstart, events.csv, plots -->
 
-Of these, `redis` is a server at its usual address, and `plots` and `stream` are extras of
-these names.
+Of these, `redis` is a server at its usual address, `bigquery` one that has the table shop.events,
+and `plots` and `stream` are extras of these names.
 """
 
 from __future__ import annotations

@@ -146,6 +146,17 @@ def redis_server(tmp_path):
 
 
 @pytest.fixture
+def warehouse(shelf, bigquery_server):
+    """A server of BigQuery that has the table shop.events, and runs scripts."""
+    extra("google.cloud.bigquery", "bigquery")
+    # Here, as most pages need no DuckDB.
+    from tests.bigquery_sql import Database
+
+    bigquery_server.database = Database("my-project")
+    bigquery_server.add("shop.events", pyarrow.parquet.read_table(shelf / "events.parquet"))
+
+
+@pytest.fixture
 def runner(trainings_are_small, own_kinds, tmp_path, request):
     """The runner of a page, in a folder with what the page begins with."""
     page = request.param
@@ -154,6 +165,9 @@ def runner(trainings_are_small, own_kinds, tmp_path, request):
     for name in given(page):
         if name == "redis":
             replace["redis://localhost:6379/0"] = request.getfixturevalue("redis_server").url
+            continue
+        if name == "bigquery":
+            request.getfixturevalue("warehouse")
             continue
         if name in EXTRAS:
             extra(EXTRAS[name], name)

@@ -391,6 +391,8 @@ def prepare(
     engine: str = "memory",
     memory: str = "4GB",
     max_bad_rows: int | None = None,
+    tables: str = "",
+    export: str = "",
 ) -> DataReport | None:
     """Prepares a log into a folder, from which any number of runs train: `train(..., data=folder)`.
 
@@ -404,11 +406,14 @@ def prepare(
         config: Configuration whose data, split, features and labels are prepared.
         folder: Folder to write to. One that is whole already is left as it is; one that was left
             half-way is gone on with by "duckdb", where nothing has changed.
-        engine: "memory", which reads the whole log, or "duckdb", for one that is larger. Both leave
-            the same folder, byte for byte.
-        memory: Memory that the engine "duckdb" keeps to.
+        engine: "memory", which reads the whole log, "duckdb", for one that is larger, or
+            "bigquery", for one that lies there. All leave the same folder, byte for byte.
+        memory: Memory that the engines "duckdb" and "bigquery" keep to.
         max_bad_rows: Number of rows of text files with other fields than the header that may be
             left out; None for what `bad_rows` of the tables says.
+        tables: DATASET.NAME, where the engine "bigquery" leaves NAME_rows and other tables.
+        export: gs://BUCKET/FOLDER, by way of which "bigquery" hands its rows over as Parquet; empty
+            for pages of its own interface.
 
     Returns:
         Facts about the data that a person should know before training.
@@ -419,7 +424,15 @@ def prepare(
     """
     folder = run_folder.local_folder(folder, "--data")
     import_plugins(config.plugins, folder)
-    return prepare_folder(config, folder, engine=engine, memory=memory, max_bad_rows=max_bad_rows)
+    return prepare_folder(
+        config,
+        folder,
+        engine=engine,
+        memory=memory,
+        max_bad_rows=max_bad_rows,
+        tables=tables,
+        export=export,
+    )
 
 
 def train(

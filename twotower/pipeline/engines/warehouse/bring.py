@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from absl import logging
 
 from twotower.config import Config, TableConfig
 from twotower.core.arrow import BadValue, join_chunks, pc, plain_text
@@ -56,6 +57,7 @@ def prepare_in_warehouse(
         OSError: The disk is full.
     """
     plan = plan_script(config, tables, export)
+    logging.info("BigQuery reads %.3f GB of %s.", plan.bytes / 1e9, plan.origin.name)
 
     def bring(database: Database) -> Log:
         plan.warehouse.run(plan.script)

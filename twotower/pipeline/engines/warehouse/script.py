@@ -156,6 +156,8 @@ def write_export(tables: Tables, address: str) -> str:
         address: Folder of a bucket, gs://BUCKET/FOLDER.
     """
     parts = []
+    # The name of a user in it is for those who read the bucket.
+    address = re.sub(r"^gs://[^@/]*@", "gs://", address)
     for kind in ("rows", "users", "items"):
         # BigQuery puts the number of a file in the place of the star.
         uri = literal(f"{address}/{kind}-*.parquet")
@@ -194,7 +196,7 @@ def _part(split: SplitConfig) -> str:
     parts = [part for part, share in shares if share > 0]
     if split.kind == "none" or not parts:
         return str(TRAIN)
-    later = "ROW_NUMBER() OVER (PARTITION BY user_code ORDER BY position DESC) - 1"
+    later = "(ROW_NUMBER() OVER (PARTITION BY user_code ORDER BY position DESC) - 1)"
     cases = [
         f"WHEN DIV({later}, {split.held_out}) = {number} THEN {part}"
         for number, part in enumerate(parts)
