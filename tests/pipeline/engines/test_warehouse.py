@@ -51,7 +51,7 @@ CASES = {
         },
         "retrieval": {"display": ("title",)},
         "data": {
-            "k_core": 7,
+            "k_core": 9,
             "duplicates": "first",
             "user_table": {"query": "SELECT who AS user_id, city FROM `p.shop.users`"},
             "item_table": {"path": "shop.items"},
@@ -87,6 +87,9 @@ def make_rows():
     rng = np.random.default_rng(0)
     rows = 700
     user, item, time = rng.integers(0, (40, 50, 150), (rows, 3)).T
+    # Rows of one time, user and item, which their other columns order.
+    for values in (user, item, time):
+        values[650:] = values[:50]
     start = datetime.datetime(2020, 9, 13, 12, tzinfo=datetime.UTC)
     # Half of a second later: times are rounded down.
     moments = [start + datetime.timedelta(seconds=600 * int(each) + 0.5) for each in time]
