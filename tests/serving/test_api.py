@@ -140,6 +140,42 @@ def test_what_is_no_time_is_found_by_its_first_values(app, monkeypatch):
     assert read and max(read) <= 8
 
 
+ADMIN = {"x-api-key": TOKENS["admin"]}
+
+
+@pytest.mark.parametrize("item", ["", "x" * 513, "%ff%FE", "a%80b", "%ED%A0%80"])
+def test_a_path_names_an_item_or_is_refused(retriever, tmp_path, item):
+    app = make_app(retriever, tmp_path, tokens=TOKENS)
+    for method, body in (("DELETE", None), ("PUT", {"columns": {}})):
+        response = ask(app, method, f"/v1/items/{item}", body, headers=ADMIN)
+        assert response.status_code == 400 and response.json()["field"] == "item_id"
+    # The letter that stands for what cannot be read is one itself.
+    assert ask(app, "DELETE", "/v1/items/a%ef%BF%BD%2Fb", headers=ADMIN).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("columns", "field", "words"),
+    [
+        ({"titel": "x"}, "columns.titel", "'title'"),
+        ({"price": "cheap"}, "columns.price", "not a number"),
+        ({"item_id": "x"}, "columns.item_id", "not among its columns"),
+    ],
+)
+def test_an_item_that_cannot_be_meant_is_refused_by_its_column(
+    retriever, tmp_path, columns, field, words
+):
+    app = make_app(retriever, tmp_path, tokens=TOKENS)
+    response = ask(app, "PUT", "/v1/items/x", {"columns": columns}, headers=ADMIN)
+    problem = response.json()
+    assert response.status_code == 400 and problem["field"] == field
+    assert words in problem["detail"] and "row" not in problem["detail"]
+    assert problem["value"] and "strict" not in json.dumps(problem)
+    if field == "columns.price":
+        items = [{"item_id": "y", "columns": {}}, {"item_id": "x", "columns": columns}]
+        problem = ask(app, "PUT", "/v1/items", {"items": items}, headers=ADMIN).json()
+        assert problem["field"] == f"items[1].{field}" and problem["value"] == "'cheap'"
+
+
 def test_sizes_are_bounded(app):
     large = b'{"deny": [' + b" " * app.limits.body + b"]}"
     assert ask(app, "POST", "/v1/retrieve", content=large, headers=JSON).status_code == 413

@@ -32,7 +32,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from twotower.core.errors import ChangesError
+from twotower.core.errors import ChangesError, echo
 from twotower.core.ids import read_id
 from twotower.serving import openapi, types
 from twotower.serving.access import Access, Right
@@ -166,7 +166,7 @@ class Endpoint:
                 request = self._read(body)
             item_id = ""
             if "path_params" in scope:
-                item_id = scope["path_params"].get("item_id", "")
+                item_id = _item_id_of(scope)
             result = self._respond(request, item_id)
             # Only what waits, for a disk or another process, is a coroutine.
             if isinstance(result, CoroutineType):
@@ -1127,6 +1127,29 @@ class App(Service):
             self.metrics.set_shards(len(self.router), self.router.missing)
         if self.impressions is not None:
             self.metrics.impressions_lost.set(self.impressions.lost)
+
+
+def _item_id_of(scope: Scope) -> str:
+    """Returns the id in a path; "" where it has none.
+
+    Raises:
+        RequestError: It is none that a request could name.
+    """
+    params = scope["path_params"]
+    if "item_id" not in params:
+        return ""
+    item_id: str = params["item_id"]
+    # What stands for bytes that are no UTF-8: two such ids would be one.
+    is_readable = "\ufffd" not in item_id or b"%EF%BF%BD" in scope["raw_path"].upper()
+    if not is_readable or not 1 <= len(item_id) <= types.MAX_LETTERS:
+        raise RequestError(
+            400,
+            f"item_id={echo(item_id)} is no id of 1 to {types.MAX_LETTERS} letters in UTF-8.",
+            field="item_id",
+            value=echo(item_id),
+            cure="Write the id of the item at the end of the path, percent-encoded.",
+        )
+    return item_id
 
 
 async def _answer_each(function: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:

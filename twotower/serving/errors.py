@@ -23,7 +23,7 @@ from twotower.core.errors import (
     did_you_mean,
     echo,
 )
-from twotower.serving.types import Problem
+from twotower.serving.types import Problem, PutItem, PutItems
 
 # Refusals for the load, which routers tell from those of a shard that cannot answer.
 TOO_MANY_REQUESTS = "Too many requests are waiting."
@@ -41,7 +41,9 @@ _FIELDS = (
     (re.compile(r"where\b"), "where"),
     (re.compile(r"([a-z_]+)(?:\[\d+\])?[=:]"), r"\1"),
 )
-_ROW = re.compile(r"^rows, (?:row 1, )?column '[^']+'")
+_ROW = re.compile(r"^rows(?:, (?:row \d+, )?column '[^']+'|(?=: nothing reads))")
+_NUMBER = re.compile(r"rows, row (?P<row>\d+), ")
+_UNREAD = re.compile(r"rows: nothing reads '(?P<name>[^']*)'")
 MAX_DETAIL = 1_000  # letters of a refusal, which may hold a value of a megabyte
 # The forms in which msgspec words what is wrong, which it gives in no other way.
 _INVALID = re.compile(r"(?P<problem>.*?)(?: - at `(?P<path>[^`]*)`)?", re.DOTALL)
@@ -111,9 +113,9 @@ def explain(error: Exception, kind: Any, body: bytes) -> RequestError:
         )
     # 404, as of any resource that is not there: the request itself may be right.
     if isinstance(error, UnknownItemError):
-        return _explain_refusal(404, error, body)
+        return _explain_refusal(404, error, kind, body)
     if isinstance(error, (ConfigError, QueryError)):
-        return _explain_refusal(400, error, body)
+        return _explain_refusal(400, error, kind, body)
     if isinstance(error, (TwotowerError, OSError)):
         # Only logged: its message may name files of the server.
         logging.error("%s: %s", type(error).__name__, error)
@@ -127,7 +129,7 @@ def explain(error: Exception, kind: Any, body: bytes) -> RequestError:
     return RequestError(500, "The server failed on this request; its log says where.")
 
 
-def _explain_refusal(status: int, error: Exception, body: bytes) -> RequestError:
+def _explain_refusal(status: int, error: Exception, kind: Any, body: bytes) -> RequestError:
     """Returns a refusal of the library, in its words."""
     detail = str(error)
     field = ""
@@ -136,14 +138,35 @@ def _explain_refusal(status: int, error: Exception, body: bytes) -> RequestError
         if found:
             field = found.expand(name)
             break
+    if kind in (PutItem, PutItems) and field.startswith("features"):
+        field = _field_of_item(field, detail, kind)
     value = _value_at(body, field)
     # The column of histories is no feature of a request: they have a field of their own.
     if field.startswith("features.") and not value and _value_at(body, "history"):
         field = "history"
         value = _value_at(body, field)
-    # The library knows rows, of which the client knows nothing.
-    detail = _shorten(_ROW.sub(field, detail))
+    # The library knows rows and arguments of Python, of which the client knows nothing.
+    detail = _ROW.sub(lambda _: field, detail).partition(" names={")[0]
+    detail = _shorten(detail)
     return RequestError(status, detail, field=field, value=value, cure=_last_sentence(detail))
+
+
+def _field_of_item(field: str, detail: str, kind: Any) -> str:
+    """Returns the field of a request that changes items, which the library calls rows.
+
+    Args:
+        field: Field as that of a user would be called: "features", or "features.price".
+        detail: Refusal of the library.
+        kind: Type of the request.
+    """
+    unread = _UNREAD.match(detail)
+    if unread:
+        field = f"{field}.{unread['name']}"
+    columns = field.replace("features", "columns", 1)
+    if kind is PutItem:
+        return columns
+    row = _NUMBER.match(detail)
+    return f"items[{int(row['row']) - 1}].{columns}" if row else "items"
 
 
 def _shorten(detail: str) -> str:
@@ -182,7 +205,9 @@ def _explain_invalid(message: str, kind: Any, body: bytes) -> RequestError:
         expected = problem.replace("`", "")
         # The message of msgspec names types alone; who sees the value finds the mistake at once.
         shown = _value_at(body, field)
-        detail = f"{subject}={shown}: {expected[:1].lower()}{expected[1:]}."
+        # Of a key of a mapping there is none to show.
+        equals = "=" if shown else ""
+        detail = f"{subject}{equals}{shown}: {expected[:1].lower()}{expected[1:]}."
         cure = f"{expected.partition(', got')[0].replace('Expected', 'Give')}."
     return RequestError(400, detail, field=field, value=_value_at(body, field), cure=cure)
 

@@ -131,6 +131,8 @@ class LiveCatalogue:
             position = snapshot.position_of(number)
         if position < 0:
             similar = most_alike(item, self._ordered_ids(), 3)
+            # Items that were deleted keep their numbers.
+            similar = [each for each in similar if snapshot.position_of(self.numbers[each]) >= 0]
             hint = ""
             if similar:
                 hint = f" The nearest ids are: {', '.join(similar)}."
