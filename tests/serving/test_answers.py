@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import time
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from experiments.benchmarks.fuzz_api import InProcess
 from tests.serving.asking import ask, make_app, post, refused
 from twotower.core.errors import QueryError
+from twotower.serving import types
 from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.events import MAX_EVENTS_OF_USER, EventLog, LiveHistories, StoredEvent
@@ -46,6 +48,9 @@ class Draw:
     def __call__(self, number):
         name, body, call, filters, offset = getattr(self, self.kinds[number % len(self.kinds)])()
         k = int(self.rng.integers(1, 30))
+        if "diversity" in body and offset:
+            # A page is of the order of one window, the retriever's of one for each length.
+            body["window"] = 5 * (k + offset)
         return name, body | filters | {"k": k, "offset": offset}, lambda: call(k + offset)
 
     def some(self, count):
@@ -177,6 +182,34 @@ def test_events_of_another_process_are_followed(retriever, tmp_path):
     assert one.add([[event], [event, event._replace(event_id="f")]]) == [1, 1]
     assert [stored.event_id for stored in other.read_new()] == ["e", "f"]
     assert other.read_new() == [] and other.add([[event]]) == [0]
+
+
+def test_an_event_that_comes_while_a_list_is_made_is_in_the_next(retriever, monkeypatch):
+    """As where lists are made in threads."""
+    answers = Answers(retriever)
+    items = retriever.items()["item_id"].to_pylist()
+    read = answers.histories.of
+    moment = int(time.time())
+
+    def add(number):
+        answers.histories.add([StoredEvent(str(number), "u", items[number], None, moment)])
+
+    def of(user):
+        events = read(user)
+        add(9)
+        monkeypatch.undo()
+        return events
+
+    def listed():
+        answer = answers.retrieve(types.Retrieve(user_id="u", k=5))
+        return [item.item_id for item in answer.items]
+
+    add(3)
+    monkeypatch.setattr(answers.histories, "of", of)
+    before = listed()
+    expected = retriever.recommend("u", events=[items[3], items[9]], k=5)
+    assert listed() == [item.item_id for item in expected] != before
+    assert answers.cache.hits == 0 and listed() and answers.cache.hits == 1
 
 
 def test_events_that_the_model_was_made_of_are_not_counted_again():

@@ -203,6 +203,7 @@ class Answers:
         user = request.user_id
         events: Sequence[Any] | None = request.history
         is_known = False
+        last: Any = None
         if user is not None:
             known = retriever.user_rows.row_by_id
             # Most ids are those of the bundle, letter for letter.
@@ -211,7 +212,10 @@ class Answers:
             is_known = user in known
             # A history in the request is the whole one: events that were sent may be in it already.
             if events is None:
-                events = self._live_events(user)
+                # Before the events are read: one that comes meanwhile, while this runs in a thread,
+                # must not pass for one that the kept vector knows.
+                last = self.histories.last(user)
+                events = self._live_events(user) if last is not None else ()
         is_personal = is_known or request.features
         if not is_personal and self._history and events:
             # From events with unknown items alone the model would make something up.
@@ -223,7 +227,7 @@ class Answers:
             whom = self._of_row(request, user, events, is_known, options)
         elif events:
             whom = {"user": user, "events": events}
-            options["encoded"] = self._encode_latest(user, events)
+            options["encoded"] = self._encode_latest(user, events, last)
         else:
             # Neither features nor events: the vector in the bundle, without running the tower.
             whom = {"user": user}
@@ -237,13 +241,19 @@ class Answers:
         # By the bundle too: vectors of another model mean nothing to this one's items.
         return self._find_vector(manifest["sha256"][:STORED_LETTERS], user, manifest["dim"])
 
-    def _encode_latest(self, user: str | None, events: Sequence[Any]) -> EncodedUser:
-        """Returns somebody who was sent events of, encoded once for each new one."""
+    def _encode_latest(self, user: str | None, events: Sequence[Any], last: Any) -> EncodedUser:
+        """Returns somebody who was sent events of, encoded once for each new one.
+
+        Args:
+            user: Id of the user.
+            events: Events of the user.
+            last: The latest of them, as the histories keep it.
+        """
         encode = functools.partial(self.retriever.encode_request, user, events=events)
         # Without an id there is nothing to keep the vector by.
         if user is None:
             return encode()
-        return self.cache.find(user, self.histories.last(user), encode)
+        return self.cache.find(user, last, encode)
 
     def similar_items(self, request: types.SimilarItems) -> Answer:
         """Returns the items of greatest cosine to one."""
