@@ -141,6 +141,7 @@ def test_files_are_joined_by_users_and_queries_without_an_answer_are_left_out(tm
     of_slice = asked & (decile == 13)
     assert by_slice.figures[names[1]] == pytest.approx(second[of_slice].mean())
     text = format_comparison(found)
+    assert text.splitlines()[-1].startswith("In short, by recall@")
     best = f"* {second[asked].mean():.4f}"
     line = text.splitlines()[3].split("  ")
     assert [x.strip() for x in line if x] == [

@@ -252,3 +252,14 @@ def test_items_and_users_that_training_never_saw_are_measured_apart(run, measure
     ]
     assert measured["new_users"]["model"]["queries"] == sum(of_new_users) > 0
     assert "Right answers that training never saw" in report_text.format_report(measured, KS)
+
+
+def test_a_narrow_terminal_shows_the_best_baselines_and_names_the_others():
+    figures = {"recall@10": 0.2, "queries": 9, "queries_without_answer": 0}
+    baselines = {}
+    for name, recall in (("random", 0.01), ("popularity", 0.1), ("ease", 0.19), ("als", 0.15)):
+        baselines[name] = figures | {"recall@10": recall}
+    shown = report_text._best_that_fit(baselines, "recall@10", 80)
+    assert list(shown) == ["ease", "als"]
+    assert list(report_text._best_that_fit(baselines, "recall@10", 10)) == ["ease"]
+    assert list(report_text._best_that_fit(baselines, "recall@10", 0)) == list(baselines)

@@ -54,6 +54,11 @@ def test_a_slice_of_items_asks_for_its_own_right_answers_alone(problem):
     parts = slices.default_slices(queries, np.arange(50))
     measured = slices.measure_slices(parts, queries, evaluations, KS)
     assert len(measured["item_popularity"]) > 7
+    # From the least to the most popular, and named so, as in every other figure.
+    parts_of = parts["item_popularity"].groups.values
+    means = [queries.counts[parts_of == number].mean() for number in np.unique(parts_of)]
+    assert means == sorted(means)
+    assert "least" in parts["item_popularity"].values[0]
     for name in ("item_popularity", "items"):
         for number, value in enumerate(parts[name].values):
             if value in measured[name]:
@@ -66,7 +71,7 @@ def test_a_slice_of_items_asks_for_its_own_right_answers_alone(problem):
     assert measured["items"]["cold"]["queries"] > 10
     low, high = measured["items"]["warm"]["intervals"]["recall@3"]
     assert low < measured["items"]["warm"]["model"]["recall@3"] < high
-    assert any("decile 2" in line for line in format_slices(measured, 3))
+    assert any("tenth 2" in line for line in format_slices(measured, 3))
 
 
 def test_a_slice_of_queries_is_the_mean_over_them(problem):

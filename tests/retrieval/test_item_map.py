@@ -81,6 +81,14 @@ def test_columns_are_texts_of_few_values_and_else_popularity():
     assert [grouping.column for grouping in named] == ["flag", "kind"]
 
 
+def test_a_column_that_nearly_all_items_share_is_no_colour():
+    countries = ["here"] * 57 + ["a", "b", "c"]
+    items = pa.table({"item_id": [str(row) for row in range(60)], "country": countries})
+    found = choose_columns(items, (), np.arange(60))
+    assert [grouping.column for grouping in found] == ["popularity"]
+    assert choose_columns(items, ("country",), np.arange(60))[0].column == "country"
+
+
 def test_a_map_keeps_places_groups_and_neighbours():
     vectors = RNG.normal(size=(30, 4)).astype(np.float32)
     plane = project(vectors)

@@ -25,6 +25,8 @@ def test_a_file_of_json_or_python_and_a_mapping_are_read_alike(tmp_path):
     space = read_space(source, Config())
     for name in ("a.json", "a.py"):
         assert read_space(tmp_path / name, Config()) == space
+    # As flags are written.
+    assert read_space({f"config.{name}": of for name, of in source.items()}, Config()) == space
     assert space[RATE] == Range(1e-3, 0.1, log=True)
     assert space["training.steps"] == Range(10, 90, step=20, whole=True)
     assert space["training.optimizer.clip_norm"] == Range(1, 2)

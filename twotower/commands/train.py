@@ -135,6 +135,7 @@ def main() -> None:
     from twotower.config import from_dict
     from twotower.core.errors import ConfigError
     from twotower.plugins import load_config
+    from twotower.refitting import REFIT
     from twotower.training.monitoring.monitor import Monitoring
     from twotower.training.monitoring.profile import parse_steps
     from twotower.training.monitoring.rates import find_kind
@@ -177,3 +178,19 @@ def main() -> None:
     # In the same processes: they know each other already, and the devices are theirs.
     if _REFIT.value:
         api.refit_in_folder(workdir, on_top=_ON_TOP.value, devices=_DEVICES.value)
+        workdir = f"{workdir}/{REFIT}"
+    _print_next(workdir)
+
+
+def _print_next(workdir: str) -> None:
+    """Prints what somebody does next, once for all processes."""
+    import jax
+
+    from twotower.core.install import command
+
+    if jax.process_index() == 0:
+        folder = f"--workdir={workdir}"
+        print(f"Next: {command('export', folder)}")
+        # A refit has no rows left that it was not trained on.
+        if not _REFIT.value:
+            print(f"      {command('evaluate', folder, '--baselines')}")

@@ -106,22 +106,22 @@ def default_slices(queries: Queries, trained_users: np.ndarray) -> dict[str, Sli
 
 
 def popularity_deciles(counts: np.ndarray) -> Slice:
-    """Returns ten equal parts of the corpus, the most popular items first.
+    """Returns ten equal parts of the corpus, the least popular items first, as all figures have it.
 
     Items of as many training rows share a part, that of the middle one of them.
 
     Args:
         counts: Number of training rows of each item, int [N].
     """
-    order = np.sort(-counts)
-    first = np.searchsorted(order, -counts, side="left")
-    last = np.searchsorted(order, -counts, side="right") - 1
-    # Of the middle of equals: that of the first would move a whole tail of unsold items up.
+    order = np.sort(counts)
+    first = np.searchsorted(order, counts, side="left")
+    last = np.searchsorted(order, counts, side="right") - 1
+    # Of the middle of equals: that of the last would move a whole tail of unsold items up.
     middle = (first + last) / 2
     decile = (NUM_DECILES * middle / len(counts)).astype(int)
-    names = [f"decile {number}" for number in range(1, NUM_DECILES + 1)]
-    names[0] += " (most popular)"
-    names[-1] += " (least popular)"
+    names = [f"tenth {number}" for number in range(1, NUM_DECILES + 1)]
+    names[0] += ", least popular"
+    names[-1] += ", most popular"
     return Slice(names, _singles(decile), of_items=True)
 
 

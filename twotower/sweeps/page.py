@@ -9,6 +9,7 @@ from pathlib import Path
 
 from twotower.core.files import atomic
 from twotower.evaluation.report.figures import (
+    LONGEST_LABEL,
     Line,
     Mark,
     Points,
@@ -76,7 +77,7 @@ def _options(sweep: Sweep) -> Section:
         return Section("options", title, lead, [note])
     # All that options have in common says nothing, and takes the room of the bars.
     short = dict(zip(sweep.space, short_names(list(sweep.space))))
-    marks = [Mark(short[name], share) for name, share in sweep.importances.items()]
+    marks = [Mark(_end_of(short[name]), share) for name, share in sweep.importances.items()]
     rows = [[name, f"{share:.3f}"] for name, share in sweep.importances.items()]
     heading = "Importance of each option"
     svg = row_chart("importances", marks, x_label="share of what separates good from all (0 to 1)")
@@ -139,7 +140,7 @@ def _range_chart(sweep: Sweep, name: str, short: str, entry: Range, number: int)
     svg = scatter_chart(
         f"slice{number}",
         groups,
-        x_label=f"{short}{' (log scale)' if entry.log else ''}",
+        x_label=short,
         y_label=f"{sweep.metric} (more is better)",
         log_x=entry.log,
     )
@@ -170,12 +171,20 @@ def _choice_chart(sweep: Sweep, name: str, entry: Choices, number: int) -> Chart
         strong = label == sweep.best.options[name]
         marks.append(Mark(show(label), best, other=mean, strong=strong))
         rows.append([show(label), f"{len(values)}", f"{best:.4f}", f"{mean:.4f}"])
-    svg = row_chart(f"slice{number}", marks, x_label=sweep.metric, label="best", other_label="mean")
+    label = f"{sweep.metric} (more is better)"
+    svg = row_chart(f"slice{number}", marks, x_label=label, label="best", other_label="mean")
     caption = (
         f"Of the trials that were finished with each value; the best had {_best(sweep, name)}."
     )
     header = ["value", "trials", "best", "mean"]
     return Chart(f"slice{number}", name, svg, caption, Table(header, rows, name))
+
+
+def _end_of(name: str) -> str:
+    """Returns the end of an option's name, which tells it from others, where it is too long."""
+    if len(name) <= LONGEST_LABEL:
+        return name
+    return f"…{name[1 - LONGEST_LABEL :]}"
 
 
 def _best(sweep: Sweep, name: str) -> str:

@@ -120,9 +120,11 @@ def read_space(source: Path | str | Mapping[str, Any], config: Config) -> Space:
             f'{where} names no option, such as {{"training.batch_size": [512, 1024]}}.'
         )
     space: dict[str, Range | Choices] = {}
+    # As the flags of every command write them, "config." may stand before the names.
+    source = {str(name).removeprefix("config."): values for name, values in source.items()}
     for name, values in source.items():
         # Before its values: what may not be swept needs no valid range.
-        _check_name(str(name), list(source), where)
+        _check_name(name, list(source), where)
         space[name] = _read_entry(name, values, f"{where}: {name}", config)
     return space
 

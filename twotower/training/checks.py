@@ -365,19 +365,22 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
     Raises:
         ConfigError: The run does not fit; the message has the arithmetic.
     """
-    lines = _state_lines(state, mesh.size)
-    lines += [f"{name}: {format_bytes(count)}" for name, count in resident.items() if count]
+    sizes = _state_sizes(state)
+    sizes |= {name: count for name, count in resident.items() if count}
     # Activations and temporary arrays are left out: their size is known only after compiling.
     needed = bytes_on_each(state) + sum(resident.values())
     devices = "device" if mesh.size == 1 else "devices"
     total = f"{format_bytes(needed)} on each of {mesh.size} {devices}"
-    parts = "; ".join(lines)
-    logging.info("Memory before activations: %s (%s).", total, parts)
+    # The largest alone: with a dozen tables nobody reads what each of them takes.
+    largest = max(sizes, key=sizes.__getitem__)
+    size = format_bytes(sizes[largest])
+    logging.info("Memory before activations: %s, of which %s takes %s.", total, largest, size)
     limit = _free_bytes(mesh)
     # Before anything is allocated: an accelerator that runs out says how much, and not of what.
     if limit is not None and needed > limit:
         # As if all of it were divided, which the tables nearly are.
         factor = -(-needed // max(limit, 1))
+        parts = "; ".join(f"{name}: {format_bytes(count)}" for name, count in sizes.items())
         raise ConfigError(
             f"The run needs {total}, and {format_bytes(limit)} is free. It holds: {parts}. "
             f"Divide the tables over more devices (about {factor * mesh.size}), choose "
@@ -404,20 +407,19 @@ def bytes_on_each(tree: Any) -> int:
     return total
 
 
-def _state_lines(state: Any, devices: int) -> list[str]:
-    """Returns a line for each table, and for each kind of other array."""
-    lines = []
+def _state_sizes(state: Any) -> dict[str, int]:
+    """Returns the bytes on each device of each table, and of each kind of other array."""
+    sizes = {}
     for name, table in state.tables.items():
         rows, width = table.shape
-        size = format_bytes(bytes_on_each(state.table_slots[name]) + bytes_on_each(table))
-        lines.append(
-            f"table {name}: {rows:,} x {width} and its optimizer's state over {devices} = {size}"
-        )
+        # Of its own, "table" may be read as its numbers alone: the optimizer's may be twice these.
+        title = f"table {name} ({rows:,} x {width}) with its optimizer's state"
+        sizes[title] = bytes_on_each(state.table_slots[name]) + bytes_on_each(table)
     dense = (state.params, state.opt_state, state.batch_stats)
-    lines.append(f"dense parameters and their optimizer: {format_bytes(bytes_on_each(dense))}")
+    sizes["dense parameters and their optimizer"] = bytes_on_each(dense)
     sampling = (state.frequency, state.negatives)
-    lines.append(f"frequencies and kept negatives: {format_bytes(bytes_on_each(sampling))}")
-    return lines
+    sizes["frequencies and kept negatives"] = bytes_on_each(sampling)
+    return sizes
 
 
 def _free_bytes(mesh: Mesh) -> int | None:

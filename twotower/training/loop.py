@@ -460,7 +460,10 @@ class _Run:
             # validation.
             self.progress.update(step, value, config.patience)
             state = self._with_schedule_after(state, value)
-            shown = {config.metric: f"{value:.4f}", "best": f"{self.progress.best:.4f}"}
+            shown = {
+                f"validation {config.metric}": f"{value:.4f}",
+                "best": f"{self.progress.best:.4f}",
+            }
             named = {f"validation/{name}": x for name, x in values.items()}
             self.writer.write(step, named, show=shown)
         self._save(step, state, values)

@@ -27,6 +27,7 @@ ARGUMENTS = (
     "--no-first-run",
 )
 LEAST_CONTRAST = 4.5  # WCAG 2.2, level AA
+LEAST_TEXT = 11  # pixels of the text of a picture
 HEIGHT = 1_600  # pixels of a screenshot
 
 # Pairs of texts of one picture that lie over each other, and texts outside of their card.
@@ -51,6 +52,14 @@ OVERLAPS = """() => {
   }
   return wrong;
 }"""
+# Texts of pictures that are smaller than this, as they are shown.
+SMALL = """(least) => [...document.querySelectorAll("figure svg")].flatMap((svg) => {
+  const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+  return [...svg.querySelectorAll("text")].flatMap((text) => {
+    const size = parseFloat(getComputedStyle(text).fontSize) * scale;
+    return size < least ? [`${size.toFixed(1)} pixels: ${text.textContent}`] : [];
+  });
+})"""
 # Texts whose contrast with what lies behind them is too low, with the contrast.
 CONTRAST = """(least) => {
   const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
@@ -148,6 +157,7 @@ def find_faults(page: Page) -> list[str]:
     if wide > 0:
         faults.append(f"{wide} pixels wider than the window")
     faults += page.evaluate(OVERLAPS)
+    faults += page.evaluate(SMALL, LEAST_TEXT)
     for text, contrast in page.evaluate(CONTRAST, LEAST_CONTRAST).items():
         faults.append(f"contrast {contrast}: {text}")
     return faults

@@ -39,11 +39,19 @@ def test_the_checks_see_what_is_wrong(browser, tmp_path):
     path.write_text(
         "<body style='background: white'><img src='http://127.0.0.1:9/x.png'>"
         "<p style='color: #999; width: 3000px'>faint</p><article><figure><svg>"
-        "<text y='20'>one</text><text y='22'>two</text></svg></figure></article>"
+        "<text y='20'>one</text><text y='22'>two</text></svg></figure><figure>"
+        "<svg width='100' viewBox='0 0 200 9'><text font-size='20'>three</text></svg></figure>"
+        "</article>"
     )
     with open_report(browser, path, "phone", "light") as page:
         said = "\n".join(find_faults(page))
-    for fault in ("request: http", "wider than", "contrast 2.8", "overlap: one / two"):
+    for fault in (
+        "request: http",
+        "wider than",
+        "contrast 2.8",
+        "overlap: one / two",
+        "10.0 pixels",
+    ):
         assert fault in said
 
 
@@ -101,3 +109,29 @@ def test_the_map_moves_by_keys_and_pointer_and_names_neighbours(browser, report)
         page.locator("#map-search").fill("<script>")
         assert page.locator("#map-nearest button").first.inner_text() == SCRIPT
         assert page.faults == []
+
+
+# The share of the width and of the height of the map that its items take.
+FILLED = """() => {
+  const canvas = document.getElementById("map-canvas");
+  const { width, height } = canvas;
+  const pixels = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+  const columns = new Set();
+  const rows = new Set();
+  for (let at = 3; at < pixels.length; at += 4) {
+    if (!pixels[at]) continue;
+    const pixel = (at - 3) / 4;
+    columns.add(pixel % width);
+    rows.add(Math.floor(pixel / width));
+  }
+  const share = (seen, all) => (Math.max(...seen) - Math.min(...seen)) / all;
+  return [share(columns, width), share(rows, height)];
+}"""
+
+
+def test_the_map_fills_its_frame_on_a_phone(browser, report):
+    with open_report(browser, report.path, "phone", "light") as page:
+        page.locator("#map-sheet").scroll_into_view_if_needed()
+        page.wait_for_function("document.getElementById('map-sheet').dataset.view")
+        wide, high = page.evaluate(FILLED)
+    assert wide > 0.85 and high > 0.85

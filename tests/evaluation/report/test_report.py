@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from tests.evaluation.report.conftest import ARABIC, SCRIPT, TITLES
+from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
+from twotower.evaluation.queries import Queries
 from twotower.evaluation.report import people, quality
 from twotower.evaluation.report.figures import Points, scatter_chart
 from twotower.evaluation.report.neighbourhoods import umap_charts
@@ -113,7 +115,8 @@ def test_a_part_that_was_not_measured_says_how_to_have_it(run, measured, report)
     few = {name: measured[name] for name in ("protocol", "model")}
     path = report.path.with_name("few.html")
     write_report(run, few, path)
-    text = path.read_text()
+    # Each flag is one that no line ends within, which takes elements.
+    text = re.sub("</?span[^>]*>", "", path.read_text())
     for flag in ("--baselines --report", "--popularity_weights=", "export --workdir="):
         assert flag in text
     with pytest.raises(ConfigError, match="--report_columns.*categry.*category"):
@@ -145,6 +148,30 @@ def test_what_was_missed_is_all_or_says_of_how_many():
     assert "not in the list</h4>" in people._card(person, is_open=True, reads_history=True)
     many = dataclasses.replace(person, num_wanted=1200)
     assert "(the first 2 of 1,200)" in people._card(many, is_open=True, reads_history=True)
+
+
+@pytest.mark.parametrize(("fewest", "kind"), [(0, "new"), (2, "few events")])
+def test_only_who_had_nothing_before_is_called_new(fewest, kind):
+    users = np.arange(12)
+    rows = np.repeat(users, users + fewest)
+    queries = Queries(
+        user=users,
+        relevant=Ragged.from_pairs(users, np.full(12, 19), num_rows=12),
+        missing=np.zeros(12, np.int32),
+        seen=Ragged.from_pairs(rows, np.zeros(len(rows), np.int64), num_rows=12),
+        counts=np.ones(20, np.int64),
+    )
+    chosen = people.choose_queries(queries)
+    assert chosen[0] == (11, "busy") and chosen[-3] == (0, kind)
+    section = people.people_section(
+        [person_of(kind, fewest), person_of("busy", 9)], reads_history=False
+    ).html()
+    assert ("Nobody here is new: everybody had 2 items or more before." in section) == bool(fewest)
+    assert ("nothing before" in section) == (not fewest)
+
+
+def person_of(kind, seen):
+    return people.Person("u", kind, seen, [], ["a"], [True], [], 0, 1.0, [])
 
 
 def test_equal_figures_are_equal_text_and_two_share_no_id():

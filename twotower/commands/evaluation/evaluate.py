@@ -16,6 +16,8 @@ from __future__ import annotations
 import datetime
 import importlib.util
 import math
+import shutil
+import sys
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -178,7 +180,7 @@ _REPORT_UMAP = flags.DEFINE_bool(
 
 def main() -> None:
     from twotower import api
-    from twotower.evaluation.report.text import format_report
+    from twotower.evaluation.report.text import format_report, format_summary
     from twotower.evaluation.report.write import check_report
     from twotower.integrations.bigquery_tables import check_dataset
     from twotower.integrations.embedding_history import check_table_name
@@ -222,12 +224,16 @@ def main() -> None:
         devices=_DEVICES.value,
     )
     path = api.measured_path(run, measured)
-    print(f"{format_report(measured, ks)}\n\nWritten to {path}.")
+    # Once more at the end, where somebody looks who will not read the tables.
+    report = format_report(measured, ks, _terminal_width())
+    print(f"{report}\n\n{format_summary(measured, ks)}\nFigures: {path}")
     if wants_report:
         page = api.write_report(
             run, measured, columns=_REPORT_COLUMNS.value, umap=_REPORT_UMAP.value
         )
-        print(f"Report: {page}")
+        print(f"Report, to open in a browser: {page}")
+    elif importlib.util.find_spec("matplotlib") is not None:
+        print("A report to look at: the same command with --report.")
     history = _HISTORY.value
     # Who works with MLflow or BigQuery keeps figures from day to day; a folder by itself has
     # metrics.json.
@@ -235,6 +241,11 @@ def main() -> None:
         history = "runs/history"
     if history:
         print(append(history, run, measured))
+
+
+def _terminal_width() -> int:
+    """Returns the characters of a line of the terminal; 0 for files and pipes."""
+    return shutil.get_terminal_size((0, 0)).columns if sys.stdout.isatty() else 0
 
 
 def append(history: str, run: Run, measured: Measured) -> str:

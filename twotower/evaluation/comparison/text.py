@@ -41,7 +41,26 @@ def format_comparison(comparison: Comparison) -> str:
     if comparison.spreads:
         lines += ["", "Over seeds, of which the intervals above know nothing:"]
         lines.append(_spreads_table(comparison.spreads, whole))
+    # At the end, where somebody looks who will not read the tables.
+    decisive = decisive_row(comparison)
+    lines += ["", f"In short, by {decisive.metric}: {describe_best(decisive, comparison.runs)}"]
     return "\n".join(lines)
+
+
+def decisive_row(comparison: Comparison) -> Row:
+    """Returns the figure that decides a headline: recall of the shortest lists, of all users."""
+    whole = [row for row in comparison.rows if row.part == ALL]
+    recalls = [row for row in whole if row.metric.startswith("recall@")]
+    return min(recalls, key=lambda row: _length(row.metric))
+
+
+def describe_best(row: Row, runs: Sequence[str]) -> str:
+    """Returns which run is best by a figure, and which cannot be told from it, as a sentence."""
+    if len(row.equals) == len(runs) - 1:
+        return "The runs cannot be told apart."
+    if row.equals:
+        return f"{row.best} is not to be told from {', '.join(row.equals)}."
+    return f"{row.best} is ahead of all others."
 
 
 def describe_protocol(protocol: Mapping[str, Any]) -> str:

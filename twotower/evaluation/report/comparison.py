@@ -9,6 +9,8 @@ from pathlib import Path
 from twotower.core.files import atomic
 from twotower.evaluation.comparison.compare import ALL, Comparison, Row
 from twotower.evaluation.comparison.text import (
+    decisive_row,
+    describe_best,
     describe_marks,
     describe_protocol,
     difference_cells,
@@ -26,7 +28,8 @@ from twotower.evaluation.report.page import (
     render_page,
     table,
 )
-from twotower.evaluation.report.quality import big_number
+from twotower.evaluation.report.quality import SIGNS, big_number, slice_title
+from twotower.evaluation.report.verdict import Standing
 
 MOST_RUNS = 8  # lines of a chart: as many as there are colours
 MOST_PARTS = 12  # rows of a chart
@@ -47,8 +50,7 @@ def write_comparison(comparison: Comparison, path: Path) -> None:
     comparison = _with_short_names(comparison)
     whole = [row for row in comparison.rows if row.part == ALL]
     ks = sorted({int(row.metric.partition("@")[2]) for row in whole})
-    # One figure decides the headline, recall of the shortest lists, as in the report of one run.
-    decisive = next(row for row in whole if row.metric == f"{METRICS[0]}@{ks[0]}")
+    decisive = decisive_row(comparison)
     sections = [
         _differences(comparison, decisive.metric),
         _lengths(whole, comparison.runs, ks),
@@ -93,15 +95,8 @@ def _with_short_names(comparison: Comparison) -> Comparison:
 
 def _hero(row: Row, runs: Sequence[str]) -> str:
     """Returns which run is best, and which cannot be told from it."""
-    if len(row.equals) == len(runs) - 1:
-        standing = "even"
-        sentence = "≈ The runs cannot be told apart."
-    elif row.equals:
-        standing = "even"
-        sentence = f"≈ {row.best} is not to be told from {', '.join(row.equals)}."
-    else:
-        standing = "ahead"
-        sentence = f"▲ {row.best} is ahead of all others."
+    standing: Standing = "even" if row.equals else "ahead"
+    sentence = f"{SIGNS[standing]} {describe_best(row, runs)}"
     order = sorted(runs, key=lambda run: -row.figures[run])
     marks = [Mark(run, row.figures[run], strong=run == row.best) for run in order]
     rows = []
@@ -214,7 +209,7 @@ def _slices(comparison: Comparison, metric: str) -> list[Chart]:
         svg = row_chart(
             f"slice{number}", marks, x_label=f"{metric} (0 to 1)", label=second, other_label=first
         )
-        title = f"By {name.replace('_', ' ')}"
+        title = slice_title(name)
         caption = f"{metric} of each part apart. Filled: {second}; hollow: {first}."
         header = ["part", "queries", *comparison.runs]
         made.append(Chart(f"slice{number}", title, svg, caption, Table(header, rows, title)))

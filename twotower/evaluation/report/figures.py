@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -45,11 +46,21 @@ VARIABLES |= {colour: f"c{number}" for number, colour in enumerate(SERIES)}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1)), (0, (3, 1)), (0, (1, 1)), (0, (8, 2)))
 
-WIDTH = 440  # units of a chart, in which text is `TEXT` high
-TEXT = 11.5
+# Units of a chart, in which text is `TEXT` high. On a phone of 390 pixels 330 are left for it, and
+# text is 11.6 pixels high: a wider chart would shrink it until nobody reads it.
+WIDTH = 340
+TEXT = 12
+LINE = 16  # units from one line of text to the next
+LETTER = 6.6  # units that a letter takes in the mean
+PLOT = 205  # units of the height of a plot
+LEFT = 54  # units beside the axis upwards, for its numbers
+RIGHT = 14  # units beside the other end
 ROW = 25  # units of a row of a chart of rows
-LEGEND = 146  # units of the column in which a legend stands, beside the data and never over it
-LONGEST_LABEL = 26  # characters of a label of a legend or a row
+LEGEND_ROW = 20  # units of a row of a legend
+LONGEST_LABEL = 22  # characters of a label of a row
+LONGEST_NAME = 19  # characters of a name in a legend, two of which stand side by side
+LONGEST_LINE = 44  # characters of a line of the name of an axis
+FEW_DECADES = 50  # ends of a logarithmic axis, one through the other, that have few powers of ten
 # Numbers in a row.
 Floats = Sequence[float] | np.ndarray
 _SVG = "http://www.w3.org/2000/svg"
@@ -132,13 +143,18 @@ def line_chart(
         lines: At most as many lines as there are colours.
         x_label: Name of the axis across, with its unit.
         y_label: Name of the axis upwards, likewise.
-        log_x: Whether the axis across is logarithmic.
+        log_x: Whether the axis across is logarithmic, which its name then says.
         x_ticks: Positions that are named on it; by default round ones.
         mark_x: Position of an upright line.
         mark_label: What stands there.
     """
     with _drawing(name):
-        figure, axes = _axes(x_label, y_label, legend=len(lines) > 1)
+        figure, axes = _axes(
+            _say_log(x_label) if log_x else x_label,
+            y_label,
+            names=len(lines),
+            note=mark_label,
+        )
         for number, line in enumerate(lines):
             colour = SERIES[number % len(SERIES)]
             axes.plot(
@@ -189,8 +205,16 @@ def row_chart(
         other_label: Name of the hollow marks; "" without such.
     """
     with _drawing(name):
-        height = 58 + ROW * len(marks) + (20 if other_label else 0)
-        figure, axes = _axes(x_label, "", height=height, left=172)
+        labels = [shorten(mark.label) for mark in marks]
+        # As wide as the longest: what is left is the data's.
+        longest = max(map(len, labels), default=0)
+        figure, axes = _axes(
+            x_label,
+            "",
+            height=10 + ROW * len(marks),
+            left=max(LEFT, round(14 + LETTER * longest)),
+            note=other_label,
+        )
         for row, mark in enumerate(marks):
             colour = SERIES[0] if mark.strong or other_label else SOFT
             if mark.low is not None and mark.high is not None:
@@ -201,7 +225,6 @@ def row_chart(
                 axes.plot(
                     [mark.other], [row], marker="D", markersize=7, markeredgewidth=1.7, **hollow
                 )
-        labels = [shorten(mark.label) for mark in marks]
         axes.set_yticks(range(len(marks)), labels, parse_math=False)
         for text, mark in zip(axes.get_yticklabels(), marks):
             text.set_color(INK)
@@ -241,14 +264,22 @@ def scatter_chart(
         x_label: Name of the axis across, with its unit.
         y_label: Name of the axis upwards, likewise.
         small: Whether there are so many points that they are drawn small.
-        log_x: Whether the axis across is logarithmic.
+        log_x: Whether the axis across is logarithmic, which its name then says.
     """
     with _drawing(name):
-        figure, axes = _axes(x_label, y_label, legend=len(groups) > 1, height=330 if small else 280)
+        figure, axes = _axes(
+            _say_log(x_label) if log_x else x_label,
+            y_label,
+            names=len(groups),
+            # A cloud of points has no direction in which it is longer.
+            height=WIDTH - LEFT - RIGHT if small else PLOT,
+        )
         _draw_groups(axes, groups, size=3.2 if small else 7.5)
+        axes.margins(0.05)
         if log_x:
             _log_scale(axes)
-        axes.margins(0.05)
+        elif all(np.equal(np.mod(group.x, 1), 0).all() for group in groups):
+            _count_across(axes)
         if len(groups) > 1:
             labels = [(number, group.label) for number, group in enumerate(groups)]
             _legend(figure, labels, lines=False)
@@ -260,13 +291,18 @@ def scatter_image(
 ) -> None:
     """Writes the chart of `scatter_chart` as PNG, for places that show images alone."""
     with _drawing("image"):
-        figure, axes = _axes(x_label, y_label, legend=True, height=330)
+        figure, axes = _axes(
+            x_label,
+            y_label,
+            names=max(2, len(groups)),
+            height=WIDTH - LEFT - RIGHT,
+            title=shorten(title, LONGEST_LINE),
+        )
         _draw_groups(axes, groups, size=2.2)
         labels = [(number, group.label) for number, group in enumerate(groups)]
         _legend(figure, labels, lines=False)
-        axes.set_title(shorten(title, 60), color=INK, fontsize=TEXT, loc="right", parse_math=False)
         # Without the version of matplotlib, so that equal images are equal bytes.
-        figure.savefig(target, format="png", dpi=160, metadata={"Software": None})
+        figure.savefig(target, format="png", dpi=200, metadata={"Software": None})
 
 
 def bar_chart(
@@ -364,39 +400,113 @@ def _drawing(name: str) -> Iterator[None]:
 
 
 def _axes(
-    x_label: str, y_label: str, *, legend: bool = False, height: int = 280, left: int = 54
+    x_label: str,
+    y_label: str,
+    *,
+    names: int = 1,
+    height: int = PLOT,
+    left: int = LEFT,
+    note: str = "",
+    title: str = "",
 ) -> tuple[Figure, Axes]:
-    """Returns a figure with one pair of axes, at margins that hold all that stands beside them."""
+    """Returns a figure with one pair of axes, at margins that hold all that stands beside them.
+
+    Args:
+        x_label: Name of the axis across.
+        y_label: Name of the axis upwards; "" without one.
+        names: Number of names in the legend, which has its place below where there are two.
+        height: Height of the plot, in units.
+        left: Width of what stands beside the axis upwards, in units.
+        note: What is written right above the plot, for which a line is left.
+        title: Title of the whole.
+    """
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # Without pyplot, whose figures are global and stay in memory until they are closed.
-    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-    FigureCanvasSVG(figure)
-    right = LEGEND if legend else 14
+    below = _wrap(x_label)
     # The name of the axis upwards lies above it, where it is read without turning the head.
-    top = 34 if y_label else 20
-    width = WIDTH - left - right
-    box = (left / WIDTH, 44 / height, width / WIDTH, (height - 44 - top) / height)
-    axes = figure.add_axes(box)
-    axes.set_xlabel(x_label, labelpad=7, parse_math=False)
-    figure.text(
-        10 / WIDTH, 1 - 12 / height, y_label, color=SOFT, va="center", ha="left", parse_math=False
-    )
+    above = [*([title] if title else []), *_wrap(y_label)]
+    legend = 10 + LEGEND_ROW * _legend_rows(names) if names > 1 else 0
+    bottom = legend + 26 + LINE * len(below)
+    top = 10 + LINE * (len(above) + bool(note))
+    whole = bottom + height + top
+    # Without pyplot, whose figures are global and stay in memory until they are closed.
+    figure = Figure(figsize=(WIDTH / 72, whole / 72), dpi=72)
+    FigureCanvasSVG(figure)
+    width = WIDTH - left - RIGHT
+    axes = figure.add_axes((left / WIDTH, bottom / whole, width / WIDTH, height / whole))
+    # At the right end, from where a long name has the width of the whole figure.
+    for row, text in enumerate(below):
+        y = bottom - 32 - LINE * row
+        _write(figure, (WIDTH - RIGHT) / WIDTH, y / whole, text, color=SOFT, ha="right")
+    for row, text in enumerate(above):
+        y = whole - 10 - LINE * row
+        colour = INK if title and not row else SOFT
+        _write(figure, 8 / WIDTH, y / whole, text, color=colour, ha="left")
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.tick_params(length=3)
     return figure, axes
 
 
+def _write(figure: Figure, x: float, y: float, text: str, *, color: str, ha: str) -> None:
+    figure.text(x, y, text, color=color, ha=ha, va="center_baseline", parse_math=False)
+
+
+def _wrap(label: str) -> list[str]:
+    """Returns the name of an axis in lines that the figure has room for.
+
+    >>> _wrap("recall@10 (share of the whole vectors' list, 0 to 1)")
+    ['recall@10', "(share of the whole vectors' list, 0 to 1)"]
+    """
+    name, bracket, unit = label.partition(" (")
+    # The unit stays in one piece where it can.
+    if len(label) > LONGEST_LINE and bracket:
+        return textwrap.wrap(name, LONGEST_LINE) + textwrap.wrap(f"({unit}", LONGEST_LINE)
+    return textwrap.wrap(label, LONGEST_LINE)
+
+
+def _say_log(label: str) -> str:
+    """Returns the name of an axis that says that it is logarithmic.
+
+    >>> _say_log("size of an item (bytes)")
+    'size of an item (bytes, log scale)'
+    """
+    if label.endswith(")"):
+        return f"{label[:-1]}, log scale)"
+    return f"{label} (log scale)"
+
+
 def _log_scale(axes: Axes) -> None:
-    from matplotlib.ticker import FuncFormatter, NullLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    # Powers of ten alone would name one position or none.
+    if high < FEW_DECADES * low:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     # Matplotlib writes powers of ten as formulas, which are no text.
     axes.xaxis.set_major_formatter(FuncFormatter(lambda tick, _: f"{tick:,g}"))
     axes.xaxis.set_minor_locator(NullLocator())
+
+
+def _count_across(axes: Axes) -> None:
+    """Names whole numbers alone: there is no trial 1.5."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+
+
+def _mark_thousands(axes: Axes) -> None:
+    """Writes numbers from 10,000 on as the text of the page does."""
+    from matplotlib.ticker import ScalarFormatter, StrMethodFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        # Ticks that were named by hand stay as they are.
+        is_plain = isinstance(axis.get_major_formatter(), ScalarFormatter)
+        if is_plain and max(map(abs, axis.get_view_interval())) >= 10_000:
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
 
 
 def _by_last_height(lines: Sequence[Line]) -> list[tuple[int, str]]:
@@ -406,15 +516,22 @@ def _by_last_height(lines: Sequence[Line]) -> list[tuple[int, str]]:
     return [(number, lines[number].label) for number in order]
 
 
+def _legend_rows(names: int) -> int:
+    return (names + 1) // 2
+
+
 def _legend(figure: Figure, labels: Sequence[tuple[int, str]], *, lines: bool) -> None:
-    """Writes names with their colours, dashes and markers into the column on the right."""
+    """Writes names with their colours, dashes and markers below the plot, in two columns."""
     from matplotlib.lines import Line2D
 
     height = 72 * figure.get_figheight()
-    x = WIDTH - LEGEND + 12
-    for row, (number, label) in enumerate(labels):
-        y = height - 44 - 22 * row
-        end = x + 22 if lines else x + 10
+    rows = _legend_rows(len(labels))
+    for place, (number, label) in enumerate(labels):
+        # Downwards first: the order of the names is that of the ends of the lines.
+        column, row = divmod(place, rows)
+        x = 10 + column * WIDTH / 2
+        y = 10 + LEGEND_ROW * (rows - 1 - row)
+        end = x + 24 if lines else x + 10
         sample = Line2D(
             [x / WIDTH, (x + end) / 2 / WIDTH, end / WIDTH],
             [y / height] * 3,
@@ -426,9 +543,8 @@ def _legend(figure: Figure, labels: Sequence[tuple[int, str]], *, lines: bool) -
             linewidth=1.8,
         )
         figure.add_artist(sample)
-        # The rest of the column has room for so many letters.
-        text = shorten(label, 16 if lines else 17)
-        figure.text((end + 6) / WIDTH, y / height, text, va="center_baseline", ha="left")
+        text = shorten(label, LONGEST_NAME)
+        _write(figure, (end + 6) / WIDTH, y / height, text, color=INK, ha="left")
 
 
 def _key_above(figure: Figure, label: str, other_label: str) -> None:
@@ -436,7 +552,7 @@ def _key_above(figure: Figure, label: str, other_label: str) -> None:
     from matplotlib.lines import Line2D
 
     height = 72 * figure.get_figheight()
-    y = 1 - 12 / height
+    y = 1 - 10 / height
     places = (
         (14, "o", SERIES[0], SERIES[0], label),
         (WIDTH / 2, "D", "none", SERIES[1], other_label),
@@ -445,26 +561,29 @@ def _key_above(figure: Figure, label: str, other_label: str) -> None:
         key = Line2D([x / WIDTH], [y], marker=marker, markersize=7, linestyle="none")
         key.set(markerfacecolor=face, markeredgecolor=edge, markeredgewidth=1.7)
         figure.add_artist(key)
-        figure.text((x + 10) / WIDTH, y, shorten(words), va="center_baseline", ha="left")
+        _write(figure, (x + 10) / WIDTH, y, shorten(words), color=INK, ha="left")
 
 
 def _above(axes: Axes, x: float, label: str) -> None:
-    """Writes a label above the axes, over a position on the axis across."""
+    """Writes a label above the axes, where no line can run, over a position on the axis across."""
     left, right = axes.get_xlim()
     is_right = x > (left + right) / 2
     axes.annotate(
         label,
         (x, 1.0),
         xycoords=("data", "axes fraction"),
-        xytext=(-4 if is_right else 4, -9),
+        xytext=(4 if is_right else -4, 5),
         textcoords="offset points",
         ha="right" if is_right else "left",
         color=INK,
+        parse_math=False,
     )
 
 
 def _svg(figure: Figure) -> str:
     """Returns a figure as an SVG element for a page of HTML."""
+    for axes in figure.axes:
+        _mark_thousands(axes)
     buffer = io.StringIO()
     # Without a date or a version: equal figures are equal text.
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

@@ -10,6 +10,7 @@ import base64
 import dataclasses
 import hashlib
 import html
+import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 
@@ -17,6 +18,14 @@ from twotower.evaluation.report.figures import style_sheet, styles_to_classes
 from twotower.retrieval.item_map.plane import map_script
 
 _PACKAGE = "twotower.evaluation.report"
+# Dates and options, which no line may end within; longer ones have no place on a phone otherwise.
+_WHOLE = re.compile(
+    r"\d{4}-\d\d-\d\d(?: \d\d:\d\d(?::\d\d)?)?"
+    r"|--[a-z][\w.=,/:@-]*\w"
+    r"|config\.[\w.]+\w(?:=[\w./:-]*\w)?"
+)
+_SHORT_CELL = 22  # characters of a cell, such as an interval, that stays on one line
+_LONGEST_WHOLE = 36  # characters
 _START_MAP = 'showItemMap(JSON.parse(document.getElementById("map-data").textContent));'
 
 
@@ -61,7 +70,7 @@ class Chart:
             # The picture as one thing with its caption as its words: nobody wants to hear 500
             # points.
             f'<figure role="img" aria-labelledby="{title} {caption}">{self.svg}'
-            f'<figcaption id="{caption}">{escape(self.caption)}</figcaption></figure>'
+            f'<figcaption id="{caption}">{prose(self.caption)}</figcaption></figure>'
             f"{collapsible('The numbers', table(self.table), of=self.title)}</article>"
         )
 
@@ -86,7 +95,7 @@ class Section:
         heading = f'<h2 id="{self.name}-heading">{escape(self.title)}</h2>'
         lead = ""
         if self.lead:
-            lead = f'<p class="lead">{escape(self.lead)}</p>'
+            lead = f'<p class="lead">{prose(self.lead)}</p>'
         body = "".join(self.blocks)
         return (
             f'<section id="{self.name}" aria-labelledby="{self.name}-heading">'
@@ -147,6 +156,25 @@ def escape(text: object) -> str:
     return html.escape(str(text))
 
 
+def prose(text: object) -> str:
+    """Returns sentences as HTML, in which dates and options stand on one line each.
+
+    >>> prose("until 2026-11-29 & on")
+    'until <span class="whole">2026-11-29</span> &amp; on'
+    """
+
+    def keep(found: re.Match[str]) -> str:
+        whole = found[0]
+        rest = ""
+        if len(whole) > _LONGEST_WHOLE:
+            # The name of an option at least, whose value may be the path of a folder.
+            name, equals, rest = whole.partition("=")
+            whole = name + equals
+        return f'<span class="whole">{whole}</span>{rest}'
+
+    return _WHOLE.sub(keep, escape(text))
+
+
 def bidi_text(text: object) -> str:
     """Returns a text of the data as HTML, in the direction of its own script."""
     # Titles may be Arabic or Hebrew: what stands beside them must not change its order.
@@ -156,18 +184,18 @@ def bidi_text(text: object) -> str:
 def paragraph(text: str, kind: str = "") -> str:
     """Returns a paragraph; `kind` is a class of page.css, such as "note"."""
     kind = f' class="{kind}"' if kind else ""
-    return f"<p{kind}>{escape(text)}</p>"
+    return f"<p{kind}>{prose(text)}</p>"
 
 
 def bullets(texts: Iterable[str]) -> str:
     """Returns a list of sentences."""
-    rows = "".join(f"<li>{escape(text)}</li>" for text in texts)
+    rows = "".join(f"<li>{prose(text)}</li>" for text in texts)
     return f"<ul>{rows}</ul>"
 
 
 def missing_note(what: str, command: str) -> str:
     """Returns a note on what was not measured, and the command that measures it."""
-    return f'<p class="note">{escape(what)} To have it: <code>{escape(command)}</code></p>'
+    return f'<p class="note">{prose(what)} To have it: <code>{prose(command)}</code></p>'
 
 
 def charts(parts: Sequence[Chart]) -> str:
@@ -201,7 +229,7 @@ def table(content: Table) -> str:
     for cells in content.rows:
         # The first cell names its row, for those who hear the table.
         first = f'<th scope="row">{bidi_text(cells[0])}</th>'
-        others = "".join(f"<td>{bidi_text(cell)}</td>" for cell in cells[1:])
+        others = "".join(map(_cell, cells[1:]))
         rows.append(f"<tr>{first}{others}</tr>")
     label = escape(content.caption)
     return (
@@ -210,6 +238,11 @@ def table(content: Table) -> str:
         f"<caption>{label}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _cell(text: str) -> str:
+    whole = ' class="whole"' if len(text) <= _SHORT_CELL else ""
+    return f"<td{whole}>{bidi_text(text)}</td>"
 
 
 def static(name: str) -> str:

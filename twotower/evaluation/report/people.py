@@ -46,7 +46,7 @@ class Person:
 
     Attributes:
         name: Id of the user.
-        kind: "busy", "in the middle" or "new".
+        kind: "busy", "in the middle", "new", who had nothing before, or "few events".
         seen: Number of items that the user had.
         history: Titles of the latest of these, the latest first.
         titles: Titles of the list, best first.
@@ -72,7 +72,8 @@ class Person:
 def choose_queries(queries: Queries) -> list[tuple[int, str]]:
     """Returns the positions of ten queries with the kind of each: busy, in the middle, new.
 
-    Only queries with an answer, one a user, and of equals the first.
+    Only queries with an answer, one a user, and of equals the first. Where nobody is new the last
+    are those of the fewest events, and are called so.
     """
     # One query each: ten of one busy user would show nobody else.
     _, first = np.unique(queries.user, return_index=True)
@@ -85,7 +86,9 @@ def choose_queries(queries: Queries) -> list[tuple[int, str]]:
     middle = (len(order) - MEDIAN) // 2
     chosen = [(query, "busy") for query in order[:BUSY]]
     chosen += [(query, "in the middle") for query in order[middle : middle + MEDIAN]]
-    chosen += [(query, "new") for query in order[::-1][:NEW]]
+    for query in order[::-1][:NEW]:
+        is_new = not queries.seen.lengths[queries.seen_row[query]]
+        chosen.append((query, "new" if is_new else "few events"))
     return [(int(query), kind) for query, kind in chosen]
 
 
@@ -191,13 +194,18 @@ def _reasons(
     lost = explain(history, encode, embed, pa.table(columns), item)[:, 0]
     ids = _item_ids(events.flatten())
     row_of = {item_id: row for row, item_id in enumerate(prepared.items["item_id"].to_pylist())}
-    reasons = []
-    for event in np.argsort(-lost, kind="stable")[:REASONS]:
+    reasons: dict[str, Reason] = {}
+    for event in np.argsort(-lost, kind="stable"):
+        if len(reasons) == REASONS:
+            break
+        # A view and a purchase of one item would be read as one line printed twice.
+        if ids[event] in reasons:
+            continue
         row = row_of.get(ids[event])
         # An item of a history may have left the corpus, and has no title then.
         title = ids[event] if row is None else titles[row]
-        reasons.append(Reason(title, float(lost[event])))
-    return reasons
+        reasons[ids[event]] = Reason(title, float(lost[event]))
+    return list(reasons.values())
 
 
 def _item_ids(events: pa.Array) -> list[str]:
@@ -221,6 +229,9 @@ def people_section(people: Sequence[Person], *, reads_history: bool) -> Section:
         "Figures are means; these are people. The busiest, some in the middle, and those with the "
         "fewest events: would you have shown them this?"
     )
+    if people and not any(person.kind == "new" for person in people):
+        fewest = min(person.seen for person in people)
+        lead += f" Nobody here is new: everybody had {_count_items(fewest)} or more before."
     block = f'<div class="people">{"".join(cards)}</div>'
     return Section("people", "Ten people", lead, [block])
 
@@ -228,8 +239,8 @@ def people_section(people: Sequence[Person], *, reads_history: bool) -> Section:
 def _card(person: Person, *, is_open: bool, reads_history: bool) -> str:
     right = sum(person.is_right)
     heading = (
-        f'{bidi_text(person.name)} <span class="aside">{escape(person.kind)}, {person.seen:,} '
-        f"items before; {right} of {len(person.titles)} right</span>"
+        f'User {bidi_text(person.name)} <span class="aside">{escape(person.kind)}: '
+        f"{_count_items(person.seen)} before; {right} of {len(person.titles)} right</span>"
     )
     listed = []
     for title, is_right in zip(person.titles, person.is_right):
@@ -256,6 +267,12 @@ def _card(person: Person, *, is_open: bool, reads_history: bool) -> str:
     )
 
 
+def _count_items(number: int) -> str:
+    if not number:
+        return "nothing"
+    return "1 item" if number == 1 else f"{number:,} items"
+
+
 def _why(person: Person, *, reads_history: bool) -> str:
     """Returns why the first item came, as far as the history tells."""
     if not person.titles:
@@ -271,9 +288,9 @@ def _why(person: Person, *, reads_history: bool) -> str:
         return f"{title}<p>The history is empty: it came by what holds for everybody.</p>"
     rows = []
     for reason in person.reasons:
-        rows.append(f"<li>{bidi_text(reason.title)}: {reason.lost:+.3f}</li>")
+        rows.append(f"<li>{reason.lost:+.3f} by {bidi_text(reason.title)}</li>")
     said = (
-        f"<p>Its score is {person.score:.3f}. These events of the history added most to it, each "
-        "measured by leaving it out alone:</p>"
+        f"<p>Its score is {person.score:.3f}. These events of the history added most to it, one "
+        "for each item, each measured by leaving it out alone:</p>"
     )
     return f"{title}{said}<ul>{''.join(rows)}</ul>"

@@ -29,6 +29,7 @@ from twotower.evaluation.report.page import (
     escape,
     missing_note,
     paragraph,
+    prose,
     table,
 )
 from twotower.evaluation.report.verdict import CURE, Standing, Verdict, find_verdict
@@ -47,6 +48,21 @@ QUERIES = {
     "last": "person, for the last event given all before it,",
     "random": "person, for one event drawn given all before it,",
     "successive": "event, given all before it,",
+}
+# Rankings whose names are no words, or longer than a chart has room for.
+TITLES = {
+    "ease": "EASE",
+    "als": "ALS",
+    "item_knn": "item-kNN",
+    "popularity_in_categories": "popular in category",
+    "popularity_top_quantile": "random of the top",
+}
+# Ways to divide queries or answers, as the title of a chart.
+SLICES = {
+    "item_popularity": "By popularity of the item",
+    "items": "By item: in training (warm) or not (cold)",
+    "users": "By user: in training (warm) or not (cold)",
+    "history": "By number of items that the user had before",
 }
 SIGNS: dict[Standing, str] = {"ahead": "▲", "behind": "▼", "even": "≈", "alone": "•"}
 SENTENCES: dict[Standing, str] = {
@@ -130,16 +146,20 @@ def _warning(text: str) -> str:
     """Returns a sentence that speaks against the figures: its first part, and all when pressed."""
     found = _FIRST_PART.match(text)
     if found is None or len(text) <= LONG_WARNING:
-        return f'<p class="warning"><strong>Mind:</strong> {escape(text)}</p>'
+        return f'<p class="warning"><strong>Mind:</strong> {prose(text)}</p>'
     first = found[0].rstrip(":,; ")
     more = collapsible("In full", paragraph(text), of=first)
-    return f'<div class="warning"><strong>Mind:</strong> {escape(first)}. {more}</div>'
+    return f'<div class="warning"><strong>Mind:</strong> {prose(first)}. {more}</div>'
 
 
 def title_of(ranking: str) -> str:
     """Returns the name of a ranking in words."""
-    words = {"ease": "EASE", "item_knn": "item-kNN", "popularity": "popularity", "model": "model"}
-    return words.get(ranking, ranking.replace("popularity_", "").replace("_", " "))
+    return TITLES.get(ranking, ranking.replace("popularity_", "popular ").replace("_", " "))
+
+
+def slice_title(name: str) -> str:
+    """Returns the title of a chart of the parts that a slice has."""
+    return SLICES.get(name, f"By {name.replace('_', ' ')}")
 
 
 def big_number(title: str, big: str, beside: str) -> str:
@@ -230,7 +250,8 @@ def _answer_sentences(measured: Measured) -> list[str]:
             f"Of {unanswered:,} queries no answer is left without these items: no mean counts them."
         )
     answers = measured.get("answers", {})
-    if answers:
+    # Else an audit says so already.
+    if answers.get("outside_corpus"):
         sentences.append(
             f"{answers['outside_corpus']:,} of {answers['all']:,} right answers are not among the "
             f"items at all; they count as missed. A perfect ranking without an end would find "
@@ -245,8 +266,8 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
     query = QUERIES.get(protocol["query"], "query")
     rows = protocol.get("test_set", protocol["split"])
     sentences = [
-        f"Each {query} of the {rows} rows asks once, and all {protocol['items']:,} items are "
-        "ranked for it, exactly; none is left out to make it easier.",
+        f"Each {query} of the {rows} rows asks once, and every time all {protocol['items']:,} "
+        "items are ranked, exactly; none is left out to make it easier.",
         f"{protocol['asked']:,} of {protocol['available']:,} queries were asked, of the model at "
         f"step {protocol['step']:,}.",
         "Items that the person had before are taken out of the lists; of equal scores the wrong "
@@ -282,7 +303,7 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
         flags.append(f"--queries={protocol['asked']}")
     line = command("evaluate", *flags, "--report")
     settings = json.dumps(config, indent=1, ensure_ascii=False, default=str)
-    inside = f"<pre><code>{escape(line)}</code></pre><pre><code>{escape(settings)}</code></pre>"
+    inside = f"<pre><code>{prose(line)}</code></pre><pre><code>{escape(settings)}</code></pre>"
     return Section(
         "protocol",
         "How it was measured",
@@ -421,7 +442,8 @@ def _by_length(measured: Measured, metric: str) -> Chart:
     y_label, caption = words[metric]
     caption += " The names stand in the order of the right ends."
     rows = []
-    for name, values in figures.items():
+    for name in _best_first(figures, f"{metric}@{ks[0]}"):
+        values = figures[name]
         rows.append([title_of(name), *(f"{values[f'{metric}@{k}']:.4f}" for k in ks)])
     title = f"{metric.upper() if metric == 'ndcg' else metric.capitalize()} by length of the list"
     svg = line_chart(
@@ -458,9 +480,12 @@ def _slice_charts(measured: Measured) -> list[Chart]:
             if label in large:
                 marks.append(Mark(label, value, low, high, other))
             baseline = "-"
+            best = ""
             if other is not None:
-                baseline = f"{other:.4f} ({title_of(part.get('baseline_name', ''))})"
-            rows.append([label, f"{part['queries']:,}", f"{value:.4f}", _ends(ends), baseline])
+                baseline = f"{other:.4f}"
+                best = title_of(part.get("baseline_name", ""))
+            queries = f"{part['queries']:,}"
+            rows.append([label, queries, f"{value:.4f}", baseline, best, _ends(ends)])
         caption = (
             f"{metric} of each part apart. Filled: the model with its interval; hollow: the best "
             "baseline. Wide intervals are parts with few people: they say little."
@@ -470,8 +495,8 @@ def _slice_charts(measured: Measured) -> list[Chart]:
         svg = row_chart(
             f"slice{number}", marks, x_label=f"{metric} (0 to 1)", other_label="best baseline"
         )
-        title = f"By {name.replace('_', ' ')}"
-        header = ["part", "queries", "model", "interval", "best baseline"]
+        title = slice_title(name)
+        header = ["part", "queries", "model", "best baseline", "which", "model's interval"]
         made.append(Chart(f"slice{number}", title, svg, caption, Table(header, rows, title)))
     return made
 

@@ -53,12 +53,18 @@ QUERY_TITLES = {
 }
 
 
-def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
+_FIRST_COLUMNS = 56  # characters of the columns of a table before those of its baselines
+_FIGURE = 8  # characters of a figure
+
+
+def format_report(measured: Mapping[str, Any], ks: Sequence[int], width: int = 0) -> str:
     """Returns the figures of `measure_run` and `measure_index` as tables, with comparisons.
 
     Args:
         measured: Figures by name; "index" is optional.
         ks: Lengths of the lists, rising.
+        width: Characters of a line of the terminal, by which the tables of baselines show the best
+            of them alone; 0 shows all.
     """
     # First: they say what every figure below is worth, whatever the model is.
     spoken = spoken_sentences(measured.get("audits", {}))
@@ -77,7 +83,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
             note = f", {unanswerable:,} without an answer that is left"
         lines += ["", f"{title} ({model['queries']:,} queries{note}):"]
         intervals = measured.get(f"model_intervals{suffix}", {})
-        lines.append(format_metrics({"model": model, **baselines}, ks, intervals))
+        lines += _beside_baselines(model, baselines, ks, intervals, width)
         lines += _comparisons(model, intervals, baselines, min(ks))
     for name, title in NEW_TITLES.items():
         # Left out where the split has no such query: a table of zeros would say something else.
@@ -98,6 +104,39 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     if "index" in measured:
         lines += ["", _index_line(measured["index"])]
     return "\n".join(lines)
+
+
+def _beside_baselines(
+    model: Mapping[str, float],
+    baselines: Mapping[str, Mapping[str, float]],
+    ks: Sequence[int],
+    intervals: Mapping[str, Sequence[float]],
+    width: int,
+) -> list[str]:
+    """Returns the table of the model and its baselines, and the names of those that do not fit."""
+    shown = _best_that_fit(baselines, f"recall@{min(ks)}", width)
+    lines = [format_metrics({"model": model, **shown}, ks, intervals)]
+    others = [_short_name(name) for name in baselines if name not in shown]
+    if others:
+        lines.append(f"Too wide for this terminal, but in the file: {', '.join(others)}.")
+    return lines
+
+
+def _best_that_fit(
+    baselines: Mapping[str, Mapping[str, float]], metric: str, width: int
+) -> dict[str, Mapping[str, float]]:
+    """Returns the baselines that a table has room for, in their order: at least the best."""
+    if not width:
+        return dict(baselines)
+    # The names of the metrics, the model's figure and its interval come first.
+    left = width - _FIRST_COLUMNS
+    kept: set[str] = set()
+    for name in sorted(baselines, key=lambda name: -baselines[name][metric]):
+        left -= max(len(_short_name(name)), _FIGURE) + 2
+        if kept and left < 0:
+            break
+        kept.add(name)
+    return {name: figures for name, figures in baselines.items() if name in kept}
 
 
 def _label_lines(measured: Mapping[str, Any]) -> list[str]:
@@ -347,6 +386,25 @@ def _comparisons(
         share = f"{recall / best:.0%}"
         lines.append(f"{metric}: {share} of what ranking by the true preferences reaches.")
     return lines
+
+
+def format_summary(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
+    """Returns the verdict on new items to each user, in one sentence.
+
+    Args:
+        measured: Figures of `measure_run`.
+        ks: Lengths of the lists, rising.
+    """
+    metric = f"recall@{min(ks)}"
+    model = measured["model"]
+    intervals = measured.get("model_intervals", {})
+    verdict = find_verdict(metric, model, intervals, measured.get("baselines", {}))
+    if verdict.rival:
+        return f"In short: {_format_verdict(verdict)}"
+    return (
+        f"In short: {metric} {verdict.value:.4f} over {model['queries']:,} queries, which only "
+        "--baselines can say whether it is much."
+    )
 
 
 def _format_verdict(verdict: Verdict) -> str:

@@ -307,7 +307,7 @@ def _deciles(tuning: Tuning) -> Chart:
         "deciles",
         labels,
         tuning.recall_by_decile,
-        x_label="tenth of the items (1: least popular)",
+        x_label="tenth of the items (1 least popular, 10 most)",
         y_label="recall (share of the exact list found, 0 to 1)",
     )
     caption = (
@@ -423,7 +423,9 @@ def health(
     if not is_one_length:
         parts.append(_norms(lengths, counts))
     temperatures = [(line["step"], line["temperature"]) for line in lines if "temperature" in line]
-    if temperatures:
+    # One that is not learned has no curve that could settle.
+    is_learned = len({value for _, value in temperatures}) > 1
+    if is_learned:
         parts.append(_temperature(temperatures))
     figures = measured.get("health", {})
     # A loss without negatives, such as one on labels, has none.
@@ -432,6 +434,9 @@ def health(
     blocks = [charts(parts)]
     if is_one_length:
         said = "All item vectors have one length, so that none scores higher with everybody."
+        blocks.append(paragraph(said, "note"))
+    if temperatures and not is_learned:
+        said = f"The temperature is not learned: it is {temperatures[0][1]:g} in every step."
         blocks.append(paragraph(said, "note"))
     if figures:
         blocks.append(_health_table(figures))
@@ -461,7 +466,7 @@ def _hubs(users: np.ndarray, items: np.ndarray) -> Chart:
     svg = line_chart(
         "hubs",
         [Line("items", x, y)],
-        x_label="items, from the most listed (share, log scale)",
+        x_label="items, from the most listed (share)",
         y_label="places in lists of 10 (share, 0 to 1)",
         log_x=True,
         x_ticks=[tick for tick in (0.001, 0.01, 0.1, 1.0) if tick >= x[0]],
@@ -486,7 +491,7 @@ def _norms(lengths: np.ndarray, counts: np.ndarray) -> Chart:
     svg = scatter_chart(
         "norms",
         [Points("items", shown, lengths[rows])],
-        x_label="training rows of the item, plus one (log scale)",
+        x_label="training rows of the item, plus one",
         y_label="length of its vector (no unit)",
         small=True,
         log_x=True,
@@ -560,8 +565,8 @@ def _negatives(health: Mapping[str, Any]) -> Chart:
         "negatives",
         labels,
         deciles,
-        x_label="tenth of the items (1: least popular)",
-        y_label="expected times an item is a candidate (a step)",
+        x_label="tenth of the items (1 least popular, 10 most)",
+        y_label="an item as a candidate (expected times a step)",
     )
     caption = (
         "The model learns from what it is told to tell apart. Items that hardly ever are "

@@ -43,8 +43,25 @@ function showItemMap(data, onChoose = () => {}) {
   const chosenText = document.getElementById("map-chosen");
   const list = document.getElementById("map-nearest");
   const search = document.getElementById("map-search");
-  const whole = () => ({ x: 0.5, y: 0.5, zoom: 0.92 });
+  // Width and height of all items, in shares of the map.
+  const extent = [0, 1].map((axis) => {
+    let low = 65535;
+    let high = 0;
+    for (let at = axis; at < places.length; at += 2) {
+      low = Math.min(low, places[at]);
+      high = Math.max(high, places[at]);
+    }
+    return Math.max(high - low, 655) / 65535;
+  });
+  // A page that leaves the height to the map gets the one that the items fill.
+  sheet.style.aspectRatio = Math.min(2, Math.max(0.8, extent[0] / extent[1]));
+  const whole = () => {
+    const [wide, high] = [canvas.clientWidth, canvas.clientHeight];
+    const fits = Math.min(wide / extent[0], high / extent[1]) / Math.min(wide, high);
+    return { x: 0.5, y: 0.5, zoom: 0.92 * (fits || 1) };
+  };
   let view = whole(); // middle of what is seen, in shares of the map, and how often it is enlarged
+  let isWhole = true; // until somebody moves: then a frame of another size keeps what is seen
   let chosen = -1;
   let waiting = false;
 
@@ -54,6 +71,7 @@ function showItemMap(data, onChoose = () => {}) {
 
   function draw() {
     waiting = false;
+    if (isWhole) view = whole();
     const scale = window.devicePixelRatio || 1;
     canvas.width = Math.round(canvas.clientWidth * scale);
     canvas.height = Math.round(canvas.clientHeight * scale);
@@ -102,6 +120,7 @@ function showItemMap(data, onChoose = () => {}) {
       return row;
     }));
     if (move) {
+      isWhole = false;
       view.x = places[2 * item] / 65535;
       view.y = places[2 * item + 1] / 65535;
       view.zoom = Math.max(view.zoom, 4);
@@ -125,12 +144,14 @@ function showItemMap(data, onChoose = () => {}) {
   function enlarge(factor, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) {
     const zoom = Math.min(200, Math.max(0.5, view.zoom * factor));
     const shift = (1 / view.zoom - 1 / zoom) / Math.min(canvas.clientWidth, canvas.clientHeight);
+    isWhole = false;
     view.x += (x - canvas.clientWidth / 2) * shift;
     view.y -= (y - canvas.clientHeight / 2) * shift;
     view.zoom = zoom;
     redraw();
   }
   function shift(x, y) {
+    isWhole = false;
     view.x -= x / size();
     view.y += y / size();
     redraw();
@@ -144,7 +165,7 @@ function showItemMap(data, onChoose = () => {}) {
     "+": () => enlarge(1.4),
     "=": () => enlarge(1.4),
     "-": () => enlarge(1 / 1.4),
-    0: () => { view = whole(); redraw(); },
+    0: () => { isWhole = true; redraw(); },
     Enter: () => {
       const item = itemAt(canvas.clientWidth / 2, canvas.clientHeight / 2, Infinity);
       if (item >= 0) pick(item, false);

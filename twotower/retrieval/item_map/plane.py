@@ -22,6 +22,7 @@ NEIGHBOURS = 8  # items that the map names beside a chosen one
 FIT_ROWS = 100_000  # items that the components are fitted on
 FEWEST_VALUES = 3  # distinct values of a column that is worth a picture
 MOST_VALUES = 60
+MOST_ALIKE = 0.9  # share of the items that one colour may have
 # Words in the name of a column that says what an item is, the best first.
 TITLE_WORDS = ("title", "name", "description")
 _PACKAGE = "twotower.retrieval.item_map"
@@ -104,7 +105,10 @@ def choose_columns(items: pa.Table, named: Sequence[str], counts: np.ndarray) ->
             continue
         # Two values hardly divide a picture, and many look like none.
         if FEWEST_VALUES <= pc.count_distinct(items[name]).as_py() <= MOST_VALUES:
-            found.append(group_items(name, items[name]))
+            grouping = group_items(name, items[name])
+            # Nor does one that nearly all items share.
+            if np.bincount(grouping.groups).max() <= MOST_ALIKE * len(items):
+                found.append(grouping)
         if len(found) == 2:
             return found
     return [*found, group_popularity(counts)]

@@ -38,7 +38,11 @@ function qualityTable(name, figures) {
 }
 
 function dataTable(data) {
-  const rows = Object.entries(data.rows || {}).map(([part, count]) => {
+  // In the order of time, not of the alphabet.
+  const order = ["train", "validation", "test"];
+  const parts = Object.entries(data.rows || {});
+  parts.sort(([one], [other]) => order.indexOf(one) - order.indexOf(other));
+  const rows = parts.map(([part, count]) => {
     const times = data[part] || {};
     const day = (time) => (time ? String(time).slice(0, 10) : "");
     return [part, formatNumber(count), day(times.from), day(times.to)];
