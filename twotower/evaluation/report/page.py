@@ -224,11 +224,11 @@ def collapsible(title: str, content: str, *, of: str = "", is_open: bool = False
 
 def table(content: Table) -> str:
     """Returns a table, which scrolls by itself where it is wider than the page."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in content.header)
+    head = "".join(f'<th scope="col">{_breakable(escape(name))}</th>' for name in content.header)
     rows = []
     for cells in content.rows:
         # The first cell names its row, for those who hear the table.
-        first = f'<th scope="row">{bidi_text(cells[0])}</th>'
+        first = f'<th scope="row">{_breakable(bidi_text(cells[0]))}</th>'
         others = "".join(map(_cell, cells[1:]))
         rows.append(f"<tr>{first}{others}</tr>")
     label = escape(content.caption)
@@ -238,6 +238,16 @@ def table(content: Table) -> str:
         f"<caption>{label}</caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _breakable(name: str) -> str:
+    """Returns a name, as HTML, that may go on in the next line after each of its parts.
+
+    >>> _breakable("training.tables.learning_rate")
+    'training.<wbr>tables.<wbr>learning_<wbr>rate'
+    """
+    # Options have no spaces, and would make a table wider than a phone.
+    return re.sub(r"(?<=[a-z][._])(?=[a-z])", "<wbr>", name)
 
 
 def _cell(text: str) -> str:
