@@ -81,6 +81,10 @@ def test_it_has_every_part_within_its_budget_and_a_table_for_each_picture(report
     assert figures == report.text.count('<article class="chart">') >= 15
     for article in re.findall(r'<article class="chart">.*?</article>', report.text, re.DOTALL):
         assert article.count("<table>") == 1 and article.count("<tr>") > 1
+    # What was set stands before all that was not.
+    changed, _, every = report.text.partition("<summary>All options")
+    assert "&quot;num_interactions&quot;: 4000" in changed and "accumulate" not in changed
+    assert "&quot;accumulate&quot;: 1" in every
     ids = re.findall(r'\bid="([^"]+)"', report.text)
     assert len(ids) == len(set(ids))
     assert {path.suffix for path in report.path.parent.glob("items_by_*")} == {".png"}

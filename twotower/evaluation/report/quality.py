@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from twotower.config import Config, non_defaults
 from twotower.core.install import command
 from twotower.data.report import DataReport
 from twotower.evaluation.audits.base import spoken_sentences
@@ -302,14 +304,23 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
     if protocol["asked"] < protocol["available"]:
         flags.append(f"--queries={protocol['asked']}")
     line = command("evaluate", *flags, "--report")
-    settings = json.dumps(config, indent=1, ensure_ascii=False, default=str)
-    inside = f"<pre><code>{prose(line)}</code></pre><pre><code>{escape(settings)}</code></pre>"
+    # What was set first: of the hundreds of options most have their defaults.
+    changed = non_defaults(config, dataclasses.asdict(Config()))
+    inside = (
+        f"<pre><code>{prose(line)}</code></pre>{paragraph('Options that are not the defaults:')}"
+        f"{_code(changed)}{collapsible('All options', _code(config))}"
+    )
     return Section(
         "protocol",
         "How it was measured",
         "What a reader needs to repeat the figures, or to compare them with others.",
         [bullets(sentences), *leaks, collapsible("Command and configuration", inside)],
     )
+
+
+def _code(values: Mapping[str, Any]) -> str:
+    text = json.dumps(values, indent=1, ensure_ascii=False, default=str)
+    return f"<pre><code>{escape(text)}</code></pre>"
 
 
 def learning(lines: Sequence[Mapping[str, float]], metric: str, step: int) -> Section:
