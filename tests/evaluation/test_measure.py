@@ -202,7 +202,7 @@ def test_validation_asks_no_more_queries_than_a_tenth_of_the_training_pays_for(
     with caplog.at_level("INFO", logger="absl"):
         few = make_validate(prepared, run.model)(run.weights)
     assert few["queries"] + few["queries_without_answer"] == affordable
-    assert f"Validations ask {affordable} of" in caplog.text
+    assert f"Validations ask {affordable} queries" in caplog.text
     # What is compared with a validation is measured over the same queries.
     assert len(validation_queries(prepared)) == affordable
 

@@ -119,6 +119,19 @@ def test_answers_that_were_seen_are_dropped_and_missing_ones_are_not(prepared):
     assert sorted(left.num_relevant.tolist()) == [0, 1, 1, 3]
 
 
+@pytest.mark.parametrize("targets", ["", "last"])
+@pytest.mark.parametrize("kind", ["user", "interaction"])
+def test_a_sample_is_that_of_all_queries_with_what_its_users_had_seen(prepared, kind, targets):
+    expected = make_queries(prepared, "test", kind, targets=targets).sample(3)
+    found = make_queries(prepared, "test", kind, targets=targets, sample=3)
+    assert names(prepared, found) == names(prepared, expected)
+    seen = [queries.seen_lists(slice(0, 3)) for queries in (expected, found)]
+    assert [x.tolist() for x in seen[0]] == [x.tolist() for x in seen[1]]
+    if not targets:
+        others = np.setdiff1d(np.arange(len(prepared.users)), found.user)
+        assert not found.seen.lengths[others].any() and expected.seen.lengths[others].any()
+
+
 def test_the_context_is_that_of_the_row_or_of_the_first_held_out_row(prepared):
     rows = make_queries(prepared, "test", "interaction")
     np.testing.assert_array_equal(rows.context["hour"], prepared.test.context["hour"])

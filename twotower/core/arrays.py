@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-# Values of lists that are made distinct at once.
+# Values that are counted, or of lists that are made distinct, at once.
 _BLOCK = 2**22
 
 
@@ -243,6 +243,26 @@ def pad_pairs(
     columns = np.pad(columns, (0, missing), constant_values=num_columns)
     # JAX computes with int32 indices; int64 ones would be converted at every call.
     return rows.astype(np.int32), columns.astype(np.int32)
+
+
+def count_values(values: np.ndarray, size: int) -> np.ndarray:
+    """Returns how often each number of [0, size) is there, int64 [size].
+
+    By blocks, as the numbers may be mapped: `bincount` makes a copy of eight bytes each.
+
+    Args:
+        values: int [N], below `size`; -1 stands for nothing.
+
+    >>> count_values(np.array([2, 0, -1, 2]), 4).tolist()
+    [1, 0, 2, 0]
+    """
+    counts = np.zeros(size, np.int64)
+    # A block for each of the counts at least, or adding these up would take longer.
+    block = max(_BLOCK, size)
+    for start in range(0, len(values), block):
+        part = values[start : start + block]
+        counts += np.bincount(part[part >= 0], minlength=size)
+    return counts
 
 
 def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:

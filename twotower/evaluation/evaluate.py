@@ -342,18 +342,19 @@ def validation_queries(prepared: PreparedData) -> Queries:
         prepared: Data of the run.
     """
     evaluation = prepared.config.evaluation
-    every_query = make_queries(prepared, "validation", evaluation.query)
-    queries = every_query.sample(evaluation.validation_queries)
     affordable = _affordable_queries(prepared)
-    if len(queries) <= affordable:
-        return queries
-    logging.info(
-        "Validations ask %d of %d queries: more would take over a tenth of the training (raise "
-        "config.training.validate_every for more).",
-        affordable,
-        len(every_query),
-    )
-    return every_query.sample(affordable)
+    wanted = evaluation.validation_queries
+    count = affordable
+    if wanted:
+        count = min(wanted, affordable)
+    queries = make_queries(prepared, "validation", evaluation.query, sample=count)
+    if len(queries) == affordable != wanted:
+        logging.info(
+            "Validations ask %d queries: more would take over a tenth of the training (raise "
+            "config.training.validate_every for more).",
+            affordable,
+        )
+    return queries
 
 
 def _affordable_queries(prepared: PreparedData) -> int:

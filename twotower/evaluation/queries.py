@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import SplitConfig
-from twotower.core.arrays import Ragged, evenly_spaced, stable_argsort
+from twotower.core.arrays import Ragged, count_values, evenly_spaced, stable_argsort
 from twotower.core.errors import ConfigError, choose
 from twotower.pipeline.batches import SPANS, Rows
 from twotower.pipeline.prepare import PreparedData
@@ -133,6 +133,7 @@ def make_queries(
     *,
     targets: str = "",
     max_queries: int = 0,
+    sample: int = 0,
 ) -> Queries:
     """Returns the queries of the rows of a split.
 
@@ -152,6 +153,8 @@ def make_queries(
             these users have no earlier rows.
         max_queries: Greatest number of training rows that are asked, evenly spaced; 0 takes
             `TRAIN_QUERIES`. Other splits are asked whole, see `Queries.sample`.
+        sample: Number of queries that are kept, as by `Queries.sample`, which saves the memory for
+            what all others had seen; 0 keeps all.
 
     Raises:
         ConfigError: The split has no rows or no positive row, or a name is unknown.
@@ -178,14 +181,18 @@ def make_queries(
     item_ids = raw["item_id"].filter(pa.array(positive))
     earlier_rows = [prepared.positives(part) for part in earlier]
     trained = prepared.positives("train").item
-    counts = np.bincount(trained[trained >= 0], minlength=len(prepared.items))
+    counts = count_values(trained, len(prepared.items))
     rows = prepared.positives(split)
     if targets in ("", "all"):
-        seen = Ragged.empty(len(prepared.users))
-        if earlier_rows:
-            seen = items_of_users(earlier_rows, num_users=len(prepared.users))
+        nothing = Ragged.empty(len(prepared.users))
         make = QUERY_KINDS["user"] if targets else make
-        return make(rows, item_ids, seen=seen, counts=counts)
+        queries = make(rows, item_ids, seen=nothing, counts=counts).sample(sample)
+        if not earlier_rows:
+            return queries
+        # Of the users that are asked alone: to sort all rows of a long log takes gigabytes.
+        asked = queries.user if sample else None
+        seen = items_of_users(earlier_rows, num_users=len(prepared.users), asked=asked)
+        return dataclasses.replace(queries, seen=seen)
     # Before the sample, which is drawn of the rows that are asked for.
     chosen = _target_rows(rows, targets, prepared.config.split.seed)
     if split == "train":
@@ -198,7 +205,8 @@ def make_queries(
     queries = _query_per_interaction(
         rows.take(chosen), item_ids, seen=_seen_before(earlier_rows, rows, chosen), counts=counts
     )
-    return dataclasses.replace(queries, row=chosen, seen_list=np.arange(len(chosen)))
+    queries = dataclasses.replace(queries, row=chosen, seen_list=np.arange(len(chosen)))
+    return queries.sample(sample)
 
 
 def usual_targets(split: str, config: SplitConfig) -> str:

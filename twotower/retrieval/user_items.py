@@ -9,11 +9,27 @@ import numpy as np
 from twotower.core.arrays import Ragged, pair_keys, stable_argsort
 from twotower.pipeline.batches import Rows
 
+# Rows that are looked through at once.
+_BLOCK = 2**22
 
-def items_of_users(parts: Sequence[Rows], *, num_users: int) -> Ragged:
-    """Returns the distinct items of each user in all `parts`, the latest last."""
-    user = np.concatenate([part.user for part in parts])
-    item = np.concatenate([part.item for part in parts])
+
+def items_of_users(
+    parts: Sequence[Rows], *, num_users: int, asked: np.ndarray | None = None
+) -> Ragged:
+    """Returns the distinct items of each user in all `parts`, the latest last.
+
+    Args:
+        parts: Rows of the log.
+        num_users: Number U of lists.
+        asked: Users whose lists are wanted, int [Q]; those of others are empty, and take no memory.
+            None wants all.
+    """
+    if asked is not None:
+        is_asked = np.zeros(num_users, bool)
+        is_asked[asked] = True
+        parts = [_rows_of(part, is_asked) for part in parts]
+    user = _joined([part.user for part in parts])
+    item = _joined([part.item for part in parts])
     times = _joined_times(parts)
     # Most logs are in order already, and no copy of them is made.
     if times is not None and not (times[:-1] <= times[1:]).all():
@@ -27,6 +43,28 @@ def items_of_users(parts: Sequence[Rows], *, num_users: int) -> Ragged:
         item = item[is_known]
     lists = Ragged.from_pairs(user, item, num_rows=num_users)
     return lists.distinct(keep="last")
+
+
+def _rows_of(rows: Rows, is_asked: np.ndarray) -> Rows:
+    """Returns users, items and times of the rows of some users.
+
+    Args:
+        rows: Rows of the log, which may be mapped.
+        is_asked: Mask bool [U] of the users.
+    """
+    found = [np.zeros(0, np.int64)]
+    for start in range(0, len(rows), _BLOCK):
+        found.append(start + np.flatnonzero(is_asked[rows.user[start : start + _BLOCK]]))
+    index = np.concatenate(found)
+    times = None
+    if rows.timestamp is not None:
+        times = rows.timestamp[index]
+    return Rows(rows.user[index], rows.item[index], rows.weight[index], times, {})
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns arrays one after the other; a single one as it is, which may be mapped."""
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def rows_of_items(parts: Sequence[Rows], items: Ragged) -> np.ndarray:
@@ -77,4 +115,4 @@ def _joined_times(parts: Sequence[Rows]) -> np.ndarray | None:
     known = [part for part in times if part is not None]
     if not known or len(known) < len(times):
         return None
-    return known[0] if len(known) == 1 else np.concatenate(known)
+    return _joined(known)

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from twotower.config import Config, NegativesConfig
+from twotower.core.arrays import count_values
 from twotower.core.mesh import REPLICATED, SINGLE_DEVICE, DeviceGroup, put
 from twotower.features.inputs import Input
 from twotower.kernels.loss_inputs import Loss
@@ -400,7 +401,11 @@ def count_rows(data: TrainingData) -> dict[str, np.ndarray]:
     counts = {"rows": np.asarray(data.num_positions, np.float32)}
     for side, size in sizes.items():
         ids = getattr(data.train, side)
-        counts[side] = np.bincount(ids, rates, minlength=size).astype(np.float32)
+        if rates is None:
+            rows = count_values(ids, size)
+        else:
+            rows = np.bincount(ids, rates, minlength=size)
+        counts[side] = rows.astype(np.float32)
     return counts
 
 

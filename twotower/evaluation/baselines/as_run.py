@@ -88,7 +88,7 @@ def _measure(run: Run) -> dict[str, float]:
     """Returns the figures of the test rows, seen items masked."""
     # The path of a trained model, from its towers to its lists, which a service takes too.
     evaluation = run.config.evaluation
-    queries = make_queries(run.prepared, "test", evaluation.query).sample(MEASURED_QUERIES)
+    queries = make_queries(run.prepared, "test", evaluation.query, sample=MEASURED_QUERIES)
     scores = model_scores(run.prepared, run.model, run.weights, queries)
     return evaluate(scores, queries, evaluation.ks, mask_seen=True)
 

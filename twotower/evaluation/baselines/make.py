@@ -242,5 +242,5 @@ def tuning_queries(prepared: PreparedData) -> Queries | None:
         return None
     # The same sample, so that baselines are tuned on as much as the model is.
     evaluation = prepared.config.evaluation
-    queries = make_queries(prepared, "validation", evaluation.query)
-    return queries.sample(evaluation.validation_queries)
+    sample = evaluation.validation_queries
+    return make_queries(prepared, "validation", evaluation.query, sample=sample)
