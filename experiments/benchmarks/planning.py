@@ -156,7 +156,7 @@ def measure(setting: Setting) -> dict[str, float]:
     # Compiled, and the allocator's own memory taken, before anything is measured.
     state: Any = init_on(mesh, trainer, counts)
     number = put(mesh, np.int32(1), REPLICATED)
-    batch = put_parts(mesh, batch, PartitionSpec(None, AXIS), setting.batch, axis=1)
+    batch = put_parts(mesh, batch, PartitionSpec(None, AXIS), axis=1)
     state, metrics = steps(state, batch, None, {}, number)
     jax.block_until_ready(metrics)
     del state, metrics

@@ -149,6 +149,10 @@ def test_spans_one_after_the_other_are_the_windows_without_their_padding(tmp_pat
     total = lengths.sum()
     compiled = jax.jit(flat_events, static_argnums=3)
     flat = compiled(histories.training_events, histories.reads, spans, int(total) + 5)
+    outside = flat_events(histories.training_events, histories.reads, spans, int(total) + 5)
+    assert set(outside) == set(flat)
+    for name, values in outside.items():
+        np.testing.assert_array_equal(values, flat[name], strict=True, err_msg=name)
     padded = windows(histories.training_events, histories.reads, spans, LENGTH)
     row = np.repeat(np.arange(len(spans)), lengths)
     slot = np.concatenate([np.arange(length) for length in lengths])

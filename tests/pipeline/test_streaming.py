@@ -13,7 +13,7 @@ from tests.pipeline.history_log import LEAKS, prepare_log, write_log
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError, FolderError
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.batches import InteractionExamples, Rows
+from twotower.pipeline.batches import InteractionExamples, Rows, join_parts
 from twotower.pipeline.engines.engine import prepare_folder
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 from twotower.pipeline.streaming import shards
@@ -98,6 +98,31 @@ def test_histories_and_packed_sequences_are_those_of_the_log(tmp_path, times):
         packing = SequencePacking.build(prepared.histories, crop=crop, seed=1)
         records = SequenceRecords(*parts, packing)
         check_batches(records, SequenceExamples(*parts, packing), tmp_path / crop)
+
+
+def test_histories_one_after_the_other_are_those_of_the_log(tmp_path):
+    path = write_log(tmp_path / "log.csv", times=30)
+    prepared = prepare_log(path, {"kind": "random"}, gaps=5, request_gap=True)
+    parts = (prepared.train, prepared.features, prepared.histories)
+    records = RowRecords(*parts)
+    examples = InteractionExamples(*parts)
+    stream = Stream(records, write_and_open(records, tmp_path / "shards"), 6, seed=1)
+    positions = np.arange(12)
+    numbers, _ = stream.examples(positions)
+    lengths = examples.span_lengths(numbers).reshape(2, 3, 2).sum(2).max(1)
+    # The one batch has room in the usual places, the other takes twice as many.
+    places = int(lengths.min())
+    assert places < lengths.max() <= 2 * places
+    loaded = stream.load_parts(positions, places=places, batches=2, parts=3)
+    for batch, own, most in zip(loaded, np.split(numbers, 2), lengths):
+        gathered = []
+        for part in np.split(own, 3):
+            size = places * (1 + (most > places))
+            gathered.append(examples.gather_spans(examples.data, part, size))
+        jax.tree.map(np.testing.assert_array_equal, batch, join_parts(gathered))
+    options = {"part": slice(0, 6), "places": places, "devices": 3}
+    with stream.batches(0, 2, **options) as read:
+        jax.tree.map(np.testing.assert_array_equal, list(read), loaded)
 
 
 def test_four_processes_then_two_three_and_four_go_on_at_the_very_example(tmp_path):

@@ -1,5 +1,6 @@
 """Histories read as spans in training: the steps of windows, at the cost of what a batch holds."""
 
+import dataclasses
 import functools
 
 import jax
@@ -50,11 +51,12 @@ def prepared_with_history():
     return prepare(config)
 
 
-def run_steps(prepared, devices, monkeypatch, places=None):
+def run_steps(prepared, devices, monkeypatch, places=None, source="resident"):
     """The losses of some steps, the state after them, and the places of each program."""
     trainer = build_trainer(prepared, prepared.config)
     mesh = make_mesh(devices)
-    batches = loop.make_batches(prepared, prepared.config.training)
+    training = dataclasses.replace(prepared.config.training, input=source)
+    batches = loop.make_batches(prepared, training)
     if places is not None:
         monkeypatch.setattr(Batches, "span_places", lambda self, size: places)
     used = []
@@ -83,11 +85,13 @@ def steps_of_windows():
 
 
 # On one device a batch holds more events than the first program has places: none is lost.
-@pytest.mark.parametrize("devices, places", [(1, 1024), (8, 640)])
-def test_steps_of_spans_are_those_of_windows(devices, places, monkeypatch):
+@pytest.mark.parametrize(
+    "devices, places, source", [(1, 1024, "resident"), (8, 640, "resident"), (8, 640, "host")]
+)
+def test_steps_of_spans_are_those_of_windows(devices, places, source, monkeypatch):
     expected_losses, expected = steps_of_windows()
-    losses, weights, used = run_steps(prepared_with_history(), devices, monkeypatch, places)
-    # Traced once, for fewer places than windows have.
+    losses, weights, used = run_steps(prepared_with_history(), devices, monkeypatch, places, source)
+    # One shape, of fewer places than windows have.
     assert len(set(used)) == 1 and used[0] <= BATCH // devices * LENGTH
     assert devices > 1 or used[0] == 2 * places
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)

@@ -213,15 +213,14 @@ def put(mesh: Mesh, tree: Any, spec: PartitionSpec) -> Any:
     return jax.tree.map(put_array, tree)
 
 
-def put_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int) -> Any:
+def put_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, axis: int) -> Any:
     """Returns each process's parts of arrays as global arrays on the devices of `mesh`.
 
     Args:
         mesh: Devices.
         tree: Host arrays, the parts of this process.
         spec: Partition of each of them.
-        rows: Length of the global arrays along `axis`.
-        axis: Axis that is divided over processes.
+        axis: Axis that is divided over processes, of the same length on each device.
     """
     sharding = NamedSharding(mesh, spec)
 
@@ -229,7 +228,8 @@ def put_parts(mesh: Mesh, tree: Any, spec: PartitionSpec, rows: int, axis: int) 
         if not mesh.is_multi_process:
             return jax.device_put(x, sharding)
         # Process-local arrays have their own rows along `axis`; the global shape has those of all.
-        shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
+        length = x.shape[axis] // len(mesh.local_devices) * mesh.size
+        shape = (*x.shape[:axis], length, *x.shape[axis + 1 :])
         # Explicit too, as in `put`.
         with jax.transfer_guard("allow"):
             return jax.make_array_from_process_local_data(sharding, x, shape)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -79,6 +79,8 @@ class Rows:
 SPANS = "history span"
 # Places of a batch of spans that are a multiple of this many events.
 SPAN_MULTIPLE = 128
+# Spans whose lengths are read at once.
+_BLOCK = 2**20
 
 
 @runtime_checkable
@@ -169,29 +171,54 @@ class InteractionExamples:
         return gather_rows(data, index, history_length=self._history_length)
 
     def gather_spans(self, data: Mapping[str, Any], index: Any, num_events: int) -> Batch:
-        """Returns the batch with its histories one after the other; see `flat_events`.
-
-        Inside `jit` alone, since the number of places must be known beforehand.
-        """
+        """Returns the batch with its histories one after the other; see `flat_events`."""
         return gather_rows(data, index, history_length=self._history_length, num_events=num_events)
 
     def span_places(self, size: int) -> int:
-        """Returns the places M for the events of nearly every batch of a size; 0 where windows of
-        L events each take hardly more, or where there are no histories."""
-        if SPANS not in self.data["context"]:
-            return 0
-        lengths = self.span_lengths(np.arange(self._count))
-        # Six standard deviations: hardly any batch of a training holds more.
-        enough = size * lengths.mean() + 6 * np.sqrt(size) * lengths.std()
-        places = round_up(int(enough) + 1, SPAN_MULTIPLE)
-        # Below half of the windows: what spans save must outweigh what it takes to tell their rows
-        # apart.
-        return places if 2 * places <= size * self._history_length else 0
+        """Returns the places M for the events of nearly every batch of a size; see
+        `span_places`."""
+        return span_places(self.data["context"].get(SPANS), size, self._history_length)
 
     def span_lengths(self, index: np.ndarray) -> np.ndarray:
         """Returns the numbers of events in the histories of some rows, int [B]."""
         spans = self.data["context"][SPANS][index]
         return spans[:, 1] - spans[:, 0]
+
+
+def span_places(spans: np.ndarray | None, size: int, history_length: int) -> int:
+    """Returns the places M for the events of nearly every batch of a size; 0 where windows of L
+    events each take hardly more, or where there are no histories.
+
+    Args:
+        spans: Spans int32 [N, 2 or 3] of all training rows; None without histories.
+        size: Rows of a batch that lie on one device.
+        history_length: L.
+    """
+    if spans is None or not len(spans):
+        return 0
+    total = 0
+    total_of_squares = 0
+    # By blocks, as spans may be mapped: numbers of all of them would take memory.
+    for start in range(0, len(spans), _BLOCK):
+        block = spans[start : start + _BLOCK]
+        lengths = (block[:, 1] - block[:, 0]).astype(np.int64)
+        total += int(lengths.sum())
+        total_of_squares += int((lengths**2).sum())
+    mean = total / len(spans)
+    variance = max(0.0, total_of_squares / len(spans) - mean**2)
+    # Six standard deviations: hardly any batch of a training holds more.
+    enough = size * mean + 6 * np.sqrt(size * variance)
+    places = round_up(int(enough) + 1, SPAN_MULTIPLE)
+    # Below half of the windows: what spans save must outweigh what it takes to tell their rows
+    # apart.
+    return places if 2 * places <= size * history_length else 0
+
+
+def enough_places(places: int, num_events: int) -> int:
+    """Returns the places of the program for a batch: hardly ever more than the usual ones."""
+    while places < num_events:
+        places *= 2
+    return places
 
 
 def gather_rows(
@@ -205,8 +232,8 @@ def gather_rows(
         data: The arrays of `InteractionExamples`.
         index: int [B], the rows.
         history_length: L of the histories whose spans are in the context, if there are any.
-        num_events: Places for all events of the batch one after the other, inside `jit` alone; 0
-            for a window of L events for each row.
+        num_events: Places for all events of the batch one after the other; 0 for a window of L
+            events for each row.
     """
     user = data["user"][index]
     item = data["item"][index]
@@ -257,12 +284,12 @@ def windows(
 
 def flat_events(
     events: Mapping[str, Any], reads: Mapping[str, Any], spans: Any, size: int
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """Returns the arrays [M, ...] of the events of all spans, one span after the other.
 
     A batch then costs what its histories hold, not what the longest could. Beside the arrays stand
     the row of each event, its number within its span, both int32 [M], and the length of each span,
-    int32 [N]. Inside `jit` alone.
+    int32 [N]. Works on NumPy arrays, and inside `jit` on those of the device.
 
     Args:
         events: See `twotower.pipeline.histories.Histories`.
@@ -270,18 +297,20 @@ def flat_events(
         spans: Spans int32 [N, 2 or 3].
         size: M, at least the sum of the lengths of the spans; places after it are 0.
     """
+    xp = np if isinstance(spans, np.ndarray) else jnp
     lengths = spans[:, 1] - spans[:, 0]
-    ends = jnp.cumsum(lengths)
-    place = jnp.arange(size, dtype=jnp.int32)
+    ends = xp.cumsum(lengths, dtype=np.int32)
+    place = xp.arange(size, dtype=np.int32)
     # Places after the last event belong to the last row, as padding.
-    row = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(spans) - 1)
+    row = xp.minimum(xp.searchsorted(ends, place, side="right"), len(spans) - 1)
+    row = row.astype(np.int32)
     slot = place - (ends - lengths)[row]
     valid = place < ends[-1]
     arrays = read_events(events, reads, (spans[row, 0] + slot) * valid, valid, first=slot == 0)
     if HISTORY_TIME_TO_NEXT in arrays:
         latest = (slot == lengths[row] - 1) & valid
         to_next = arrays[HISTORY_TIME_TO_NEXT]
-        arrays[HISTORY_TIME_TO_NEXT] = jnp.where(latest, spans[row, 2], to_next)
+        arrays[HISTORY_TIME_TO_NEXT] = xp.where(latest, spans[row, 2], to_next)
     beside = {HISTORY_ROW: row, HISTORY_SLOT: slot * valid, HISTORY_COUNT: lengths}
     return arrays | beside
 
@@ -305,6 +334,13 @@ def read_events(
     # Features of an item are read by its id, and not kept once more with each event.
     ids = arrays[id_array(arrays)]
     return arrays | {name: values[ids] for name, values in reads.items()}
+
+
+def join_parts(parts: Sequence[Batch]) -> Batch:
+    """Returns the batch of parts that lie on devices one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
 
 class Batches:
@@ -379,13 +415,25 @@ class Batches:
         return int(lengths.reshape(parts, -1).sum(axis=1).max())
 
     def gather_spans(self, data: Mapping[str, Any], indices: Any, num_events: int) -> Batch:
-        """Returns the batch at `indices` with its histories one after the other, inside `jit`."""
+        """Returns the batch at `indices` with its histories one after the other."""
         assert isinstance(self._examples, InteractionExamples), "sequences are not spans"
         return self._examples.gather_spans(data, indices, num_events)
 
-    def load(self, indices: np.ndarray) -> Batch:
-        """Returns the batch at `indices`, gathered on the host."""
-        return self.gather(self._examples.data, indices)
+    def load(self, indices: np.ndarray, *, places: int = 0, parts: int = 1) -> Batch:
+        """Returns the batch at `indices`, gathered on the host.
+
+        Args:
+            indices: What `gather` takes, [B].
+            places: Places for the events of the histories of each part, one after the other; 0 for
+                a window of L events for each row.
+            parts: Number of equal parts, those of devices, that the batch is divided into.
+        """
+        if not places:
+            return self.gather(self._examples.data, indices)
+        gathered = []
+        for part in np.split(indices, parts):
+            gathered.append(self.gather_spans(self._examples.data, part, places))
+        return join_parts(gathered)
 
     def _shuffle(self, number: int) -> np.ndarray:
         """Returns the examples in the order of pass `number`."""

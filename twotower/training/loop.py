@@ -34,7 +34,7 @@ from twotower.core.mesh import (
     shard_map_if_needed,
     shardings,
 )
-from twotower.pipeline.batches import Batch, Batches
+from twotower.pipeline.batches import Batch, Batches, enough_places
 from twotower.towers.two_tower import Weights
 from twotower.training.candidates import TrainingData, count_rows, step_constants
 from twotower.training.checkpoint import Checkpoints
@@ -547,16 +547,23 @@ def open_steps(
     program = jit_steps(trainer, mesh, None, 1)
     parts = PartitionSpec(None, AXIS)
     number = put(mesh, np.int32(1), REPLICATED)
+    places = 0
+    # A process knows the events of its own part alone, and all processes run one shape: of several
+    # each row has a window.
+    if jax.process_count() == 1 and _reads_spans(trainer, mesh):
+        places = batches.records.span_places(config.batch_size // mesh.size)
 
     def to_devices(batch: Batch) -> Any:
         first = jax.tree.map(lambda x: x[None], batch)
-        return put_parts(mesh, first, parts, config.batch_size, axis=1)
+        return put_parts(mesh, first, parts, axis=1)
 
     reading = batches.batches(
         next_example,
         config.steps - start,
         part=process_part(mesh, config.batch_size),
         put=to_devices,
+        places=places,
+        devices=mesh.size,
     )
     try:
         with reading as read:
@@ -620,53 +627,47 @@ def compile_steps(
         resident = put(mesh, batches.resident, REPLICATED)
     constants = _constants(trainer, data, mesh, resident)
     places = 0
-    if resident is not None and _reads_spans(trainer, mesh):
+    if _reads_spans(trainer, mesh):
         places = batches.span_places(config.batch_size // mesh.size)
 
     @functools.cache
     def program(places: int) -> Callable[..., tuple[TrainState, Metrics]]:
         gather = None
-        if places:
-            gather = functools.partial(batches.gather_spans, num_events=places)
-        elif resident is not None:
+        if resident is not None:
             gather = batches.gather
+            if places:
+                gather = functools.partial(batches.gather_spans, num_events=places)
         return jit_steps(trainer, mesh, gather, capacity)
 
-    def enough_places(batch: np.ndarray) -> int:
-        return places and _enough_places(places, batches.num_events(batch, mesh.size))
+    def places_for(batch: np.ndarray) -> int:
+        return places and enough_places(places, batches.num_events(batch, mesh.size))
 
-    def to_devices(indices: list[np.ndarray]) -> Any:
+    def to_devices(indices: list[np.ndarray], places: int) -> Any:
         if resident is not None:
             # Only indices move to the device, a few KiB a step.
             host = np.stack([batch[own] for batch in indices])
         else:
-            loaded = [batches.load(batch[own]) for batch in indices]
+            devices = len(mesh.local_devices)
+            loaded = [batches.load(batch[own], places=places, parts=devices) for batch in indices]
             host = jax.tree.map(lambda *x: np.stack(x), *loaded)
-        return put_parts(mesh, host, parts, config.batch_size, axis=1)
+        return put_parts(mesh, host, parts, axis=1)
 
     def run(state: TrainState, step: int, most: int) -> tuple[TrainState, Metrics, int]:
         with watch.during("input"):
             # A function of the step alone: a resumed run sees the batches that it would have seen.
             indices = [batches.indices(s) for s in range(step, step + min(most, capacity))]
-            enough = enough_places(indices[0])
+            enough = places_for(indices[0])
             # In another program last bits may move: each step takes its own, in any company.
-            indices = list(itertools.takewhile(lambda x: enough_places(x) == enough, indices))
+            indices = list(itertools.takewhile(lambda x: places_for(x) == enough, indices))
             count = len(indices)
             # One shape for any number of steps; those after `count` are not run.
             indices += indices[-1:] * (capacity - count)
-            inputs = to_devices(indices)
+            inputs = to_devices(indices, enough)
             number = put(mesh, np.int32(count), REPLICATED)
         state, metrics = program(enough)(state, inputs, resident, constants, number)
         return state, metrics, count
 
     return run
-
-
-def _enough_places(places: int, num_events: int) -> int:
-    """Returns the places of the program for a batch: hardly ever more than the usual ones."""
-    while places < num_events:
-        places *= 2
-    return places
 
 
 def _capacity(config: TrainingConfig, batches: Batches) -> int:

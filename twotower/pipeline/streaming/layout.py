@@ -47,14 +47,32 @@ class Records(Protocol):
         """Returns the records of the examples in [start, stop)."""
         ...
 
-    def decode(self, records: Sequence[bytes], examples: np.ndarray, passes: np.ndarray) -> Batch:
+    def decode(
+        self,
+        records: Sequence[bytes],
+        examples: np.ndarray,
+        passes: np.ndarray,
+        *,
+        places: int = 0,
+    ) -> Batch:
         """Returns the batch of some records.
 
         Args:
             records: B records.
             examples: int [B], their numbers.
             passes: int [B], the pass over the data in which each stands.
+            places: Places for the events of their histories, one after the other; 0 for a window
+                of L events for each row.
         """
+        ...
+
+    def span_places(self, size: int) -> int:
+        """Returns the places for the events of nearly every batch of a size, 0 where windows are
+        as good; see `twotower.pipeline.batches.span_places`."""
+        ...
+
+    def num_events(self, records: Sequence[bytes]) -> int:
+        """Returns the number of events in the histories of some records."""
         ...
 
 

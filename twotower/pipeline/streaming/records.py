@@ -17,7 +17,15 @@ from typing import Any
 import numpy as np
 
 from twotower.core.errors import FolderError
-from twotower.pipeline.batches import SPANS, Batch, EventSpans, Features, Rows, gather_rows
+from twotower.pipeline.batches import (
+    SPANS,
+    Batch,
+    EventSpans,
+    Features,
+    Rows,
+    gather_rows,
+    span_places,
+)
 from twotower.pipeline.histories import Histories
 from twotower.pipeline.sequences import SequencePacking, count_up, gather_sequences
 from twotower.pipeline.streaming.layout import Columns, Encoded, Layout
@@ -95,7 +103,21 @@ class RowRecords:
         event = {name: x[events] for name, x in self._event.items()}
         return self.layout.join(head, event, counts)
 
-    def decode(self, records: Sequence[bytes], examples: np.ndarray, passes: np.ndarray) -> Batch:
+    def span_places(self, size: int) -> int:
+        return span_places(self._spans, size, self._history_length)
+
+    def num_events(self, records: Sequence[bytes]) -> int:
+        num_bytes = sum(map(len, records)) - len(records) * self.layout.head.itemsize
+        return num_bytes // max(1, self.layout.event.itemsize)
+
+    def decode(
+        self,
+        records: Sequence[bytes],
+        examples: np.ndarray,
+        passes: np.ndarray,
+        *,
+        places: int = 0,
+    ) -> Batch:
         del examples, passes  # a row is the same in every pass
         head, event, counts = self.layout.split(records)
         time_to_row = head.pop(_TIME_TO_ROW, None)
@@ -112,7 +134,12 @@ class RowRecords:
             arrays["events"] = {name: _padded(x) for name, x in events.items()}
         # The arrays hold the rows of the batch alone, so that their order is the batch.
         index = np.arange(len(records))
-        return gather_rows(arrays | self._tables, index, history_length=self._history_length)
+        return gather_rows(
+            arrays | self._tables,
+            index,
+            history_length=self._history_length,
+            num_events=places,
+        )
 
 
 def _tables(features: Features) -> dict[str, Any]:
@@ -169,7 +196,22 @@ class SequenceRecords:
         offsets = self._packing.offsets[start : stop + 1] - self._packing.offsets[start]
         return self.layout.join({}, columns, np.diff(first_events[offsets]))
 
-    def decode(self, records: Sequence[bytes], examples: np.ndarray, passes: np.ndarray) -> Batch:
+    def span_places(self, size: int) -> int:
+        del size
+        return 0  # packed rows are no windows with room to spare
+
+    def num_events(self, records: Sequence[bytes]) -> int:
+        return sum(map(len, records)) // self.layout.event.itemsize
+
+    def decode(
+        self,
+        records: Sequence[bytes],
+        examples: np.ndarray,
+        passes: np.ndarray,
+        *,
+        places: int = 0,
+    ) -> Batch:
+        del places
         _, columns, counts = self.layout.split(records)
         first = self._packing.offsets[examples]
         num_sequences = self._packing.offsets[examples + 1] - first

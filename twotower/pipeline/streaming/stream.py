@@ -24,7 +24,7 @@ import numpy as np
 from twotower.config import TrainingConfig
 from twotower.core.errors import ConfigError
 from twotower.core.install import extra
-from twotower.pipeline.batches import Batch
+from twotower.pipeline.batches import Batch, enough_places, join_parts
 from twotower.pipeline.streaming.layout import Records
 from twotower.pipeline.streaming.order import shuffled
 from twotower.pipeline.streaming.shards import Shards
@@ -112,6 +112,36 @@ class Stream:
         numbers, passes = self.examples(positions)
         return self.records.decode(self.shards.read(numbers), numbers, passes)
 
+    def load_parts(
+        self, positions: np.ndarray, *, places: int, batches: int, parts: int
+    ) -> list[Batch]:
+        """Returns batches whose histories lie one after the other.
+
+        Args:
+            positions: Positions of the examples of all batches, int64 [batches x B].
+            places: Places for the events of each part; more where one has more.
+            batches: Number of batches.
+            parts: Number of equal parts, those of devices, that a batch is divided into.
+        """
+        numbers, passes = self.examples(positions)
+        # One read for all: a call costs as much as to read some hundred examples.
+        read = self.shards.read(numbers)
+        size = len(positions) // (batches * parts)
+        loaded = []
+        for first in range(0, len(positions), size * parts):
+            starts = range(first, first + size * parts, size)
+            own = [slice(start, start + size) for start in starts]
+            # One shape for all parts of a batch.
+            most = max(self.records.num_events(read[part]) for part in own)
+            enough = enough_places(places, most)
+            decoded = []
+            for part in own:
+                decoded.append(
+                    self.records.decode(read[part], numbers[part], passes[part], places=enough)
+                )
+            loaded.append(join_parts(decoded))
+        return loaded
+
     @contextlib.contextmanager
     def batches(
         self,
@@ -120,6 +150,8 @@ class Stream:
         *,
         part: slice,
         put: Callable[[Batch], Any] = lambda batch: batch,
+        places: int = 0,
+        devices: int = 1,
     ) -> Iterator[Iterator[Any]]:
         """Yields an iterator over this process's parts of the batches of some steps, which threads
         read ahead until the block ends.
@@ -129,12 +161,15 @@ class Stream:
             steps: Number of steps; nothing after them is read.
             part: Rows of each batch that this process takes.
             put: Function that puts a batch where the step reads it, called by the threads.
+            places: Places for the events of the histories of each device's rows, one after the
+                other; 0 for a window of L events for each row.
+            devices: Number of devices that the rows are divided over.
         """
         # An extra, which a training without a stream does not need.
         import grain
 
         block = self._steps_at_once(part.stop - part.start)
-        parts = _Blocks(self, next_example, steps, block, part, put)
+        parts = _Blocks(self, next_example, steps, block, part, put, places, devices)
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
         # One block ahead for each thread bounds the memory of batches that wait.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -160,6 +195,8 @@ class _Blocks:
     block: int
     part: slice
     put: Callable[[Batch], Any]
+    places: int
+    devices: int
 
     def __len__(self) -> int:
         return -(-self.steps // self.block)
@@ -170,8 +207,14 @@ class _Blocks:
         steps = np.arange(start, min(start + self.block, self.steps))
         rows = np.arange(self.part.start, self.part.stop)
         first = self.next_example + steps * self.stream.batch_size
+        positions = (first[:, None] + rows).reshape(-1)
+        if self.places:
+            batches = self.stream.load_parts(
+                positions, places=self.places, batches=len(steps), parts=self.devices
+            )
+            return [self.put(batch) for batch in batches]
         # One read for all steps of the block, which are cut apart below.
-        batch = self.stream.load((first[:, None] + rows).reshape(-1))
+        batch = self.stream.load(positions)
         parts = []
         for number in range(len(steps)):
             own = slice(number * len(rows), (number + 1) * len(rows))
