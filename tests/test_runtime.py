@@ -4,7 +4,9 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from twotower import runtime
@@ -52,6 +54,24 @@ def test_freed_memory_is_not_fetched_again_from_the_system():
     # Three more turns of 32 MiB are 24,576 pages.
     assert page_faults() < 1_000
     assert page_faults(TWOTOWER_RUNTIME="plain") > 20_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the call")
+def test_memory_that_is_released_is_no_longer_resident():
+    buffers = [np.ones(2**18) for _ in range(32)]
+    # Between the buffers, so that their end is not that of the heap.
+    kept = [buffers.pop(), np.ones(2**18)]
+    buffers.clear()
+    before = anonymous_bytes()
+    runtime.release_freed_memory()
+    assert anonymous_bytes() < before - 48 * 2**20
+    assert all((buffer == 1).all() for buffer in kept)
+
+
+def anonymous_bytes():
+    status = Path("/proc/self/status").read_text()
+    (line,) = [line for line in status.splitlines() if line.startswith("RssAnon:")]
+    return 1024 * int(line.split()[1])
 
 
 def test_the_cache_of_programs_is_the_users_own_and_bounded(tmp_path, monkeypatch):

@@ -30,9 +30,9 @@ def train_until(config, workdir, validations, devices=0):
     loaded = []
     load = Batches.load
 
-    def recorded(self, indices):
+    def recorded(self, indices, **options):
         loaded.append(np.asarray(indices).tolist())
-        return load(self, indices)
+        return load(self, indices, **options)
 
     def stopping(prepared, model):
         validate = make_validate(prepared, model)

@@ -40,6 +40,7 @@ from twotower.plugins import (
     read_config,
     warn_of_kinds_outside_plugins,
 )
+from twotower.runtime import release_freed_memory
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import Checkpoints
@@ -147,6 +148,8 @@ def train(
         # From the folder in any case: a run that goes on sees the same arrays as one that begins.
         if is_new:
             prepared = data_folder.load(data_path(workdir), config, prepared.encoder)
+            # Of a long log the preparation takes more than the training that follows.
+            release_freed_memory()
         if prepared.report is not None and jax.process_index() == 0:
             tell(prepared.report)
         validate = None
