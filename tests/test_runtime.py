@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from twotower import runtime
+from twotower.core.arrow import release_freed_memory
 
 # One allocation of 64 MiB that is freed and made again in a thread of its own: its pages are asked
 # for again if the allocator gave them back.
@@ -63,7 +64,7 @@ def test_memory_that_is_released_is_no_longer_resident():
     kept = [buffers.pop(), np.ones(2**18)]
     buffers.clear()
     before = anonymous_bytes()
-    runtime.release_freed_memory()
+    release_freed_memory()
     assert anonymous_bytes() < before - 48 * 2**20
     assert all((buffer == 1).all() for buffer in kept)
 

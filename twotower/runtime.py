@@ -51,20 +51,6 @@ def keep_freed_memory() -> None:
             libc.mallopt(option, value)
 
 
-def release_freed_memory() -> None:
-    """Gives memory that was freed back to the system, once a work that needed far more is done.
-
-    See `keep_freed_memory`: without this a training stays as large as the preparation of its log
-    was, and its own memory comes on top.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-    # Arrow has an allocator of its own.
-    arrow = sys.modules.get("pyarrow")
-    if arrow is not None:
-        arrow.default_memory_pool().release_unused()
-
-
 def cache_programs() -> None:
     """Makes JAX keep compiled programs in the user's cache folder, where later processes find them.
 

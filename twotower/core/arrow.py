@@ -1,13 +1,15 @@
 """Values of any library as those of Arrow and NumPy.
 
 Arrow's compute functions under a name that type checkers accept, its types of lists, its text as
-bytes, conversions that name the row that they refuse, and a digest of rows.
+bytes, conversions that name the row that they refuse, a digest of rows, and memory that was freed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import decimal
 import hashlib
+import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -350,3 +352,15 @@ def text_bytes(values: pa.StringArray) -> tuple[np.ndarray, np.ndarray, np.ndarr
     data = np.frombuffer(text, np.uint8)[ends[0] : ends[-1]]
     starts = ends[:-1] - ends[0]
     return data, starts, np.diff(ends)
+
+
+def release_freed_memory() -> None:
+    """Gives memory that was freed back to the system, once a work that needed far more is done.
+
+    A training keeps what is freed for the next step (`twotower.runtime.keep_freed_memory`), and
+    would stay as large as the preparation of its log was, with its own memory on top.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    # Arrow has an allocator of its own.
+    pa.default_memory_pool().release_unused()

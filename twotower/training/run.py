@@ -16,6 +16,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from twotower.config import Config, from_dict
+from twotower.core.arrow import release_freed_memory
 from twotower.core.errors import CheckpointError, ConfigError
 from twotower.core.fields import differences
 from twotower.core.files import LOCK, atomic, exclusive, explain_full_disk
@@ -40,7 +41,6 @@ from twotower.plugins import (
     read_config,
     warn_of_kinds_outside_plugins,
 )
-from twotower.runtime import release_freed_memory
 from twotower.towers.two_tower import TwoTower, Weights
 from twotower.training.candidates import corpus_size
 from twotower.training.checkpoint import Checkpoints
