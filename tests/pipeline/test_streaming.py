@@ -247,3 +247,12 @@ def test_prepared_data_of_a_stream_has_its_shards_whichever_training_made_them(t
     stream = Stream.open(prepared.training_records(), written, config.training)
     batch = stream.load(np.arange(len(prepared.train)))
     np.testing.assert_array_equal(np.sort(batch["item"]), np.sort(prepared.train.item))
+    # Those of other data are deleted, finished or not; those of another packing are not.
+    made_from = json.loads((written / "made_from.json").read_text())
+    for name, content in (("gone", "other"), ("packing", made_from["content"])):
+        (folder / "shards" / name).mkdir()
+        record = json.dumps(made_from | {"content": content, "seed": 7})
+        (folder / "shards" / name / "made_from.json").write_text(record)
+        (folder / "shards" / name / "00000.array_record").write_bytes(b"")
+    prepare_folder(config, folder)
+    assert {path.name for path in (folder / "shards").iterdir()} == {written.name, "packing"}

@@ -620,6 +620,15 @@ def test_a_run_keeps_the_type_of_products_that_it_began_with(prepared, tmp_path,
     assert run.with_known_dtype(config, tmp_path / "new").model.dtype == "float32"
 
 
+def test_a_run_goes_on_from_another_place_of_its_rows_but_not_in_another_order(tmp_path):
+    run.claim(tmp_path, small_config(training={"input": "resident"}))
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    # The order of "auto", "resident" and "host" is one.
+    assert run.holds_run(tmp_path, small_config(training={"input": "host"}))
+    with pytest.raises(ConfigError, match="input was 'auto' and is now 'stream'. A stream has ano"):
+        run.holds_run(tmp_path, small_config(training={"input": "stream"}))
+
+
 @pytest.mark.parametrize(
     "flags, dtype",
     [("fpu avx512f amx_bf16", "bfloat16"), ("avx512_bf16", "bfloat16"), ("avx512f", "float32")],

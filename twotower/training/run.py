@@ -375,18 +375,21 @@ def holds_run(workdir: Path, config: Config) -> bool:
                 "or empty folder."
             )
         return False
-    # The section of the index may change: the weights do not depend on it.
-    sections = config.training_sections()
     # By way of JSON, where a tuple is a list: both sides are compared as they are written.
-    old = _with_defaults(read_config(path))
-    new = json.loads(config.to_json())
-    old_sections = {name: old[name] for name in old if name in sections}
-    new_sections = {name: new[name] for name in new if name in sections}
-    changed = differences(old_sections, new_sections, "config")
+    old = _training_sections(read_config(path))
+    new = json.loads(json.dumps(config.training_sections()))
+    old = {name: old[name] for name in old if name in new}
+    changed = differences(old, new, "config")
     if changed and has_checkpoint(workdir):
+        reason = ""
+        if any(change.startswith("config.training.input") for change in changed):
+            reason = (
+                " A stream has another order of rows than other inputs: of the pass that the run "
+                "is in, some rows would be trained twice and others never."
+            )
         raise ConfigError(
-            f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}. "
-            "Name a new folder, or delete this one."
+            f"--workdir={workdir} holds a run with another configuration: {'; '.join(changed)}."
+            f"{reason} Name a new folder, or delete this one."
         )
     return not changed
 
@@ -416,6 +419,16 @@ def _with_defaults(old: Any) -> Any:
     try:
         # Defaults compute what was computed before there was the option.
         return json.loads(from_dict(old).to_json())
+    except ConfigError:
+        # Of a version with other options: the differences are told as they are.
+        return old
+
+
+def _training_sections(old: Any) -> Any:
+    """Returns the sections of a saved configuration that decide what training computes; see
+    `Config.training_sections`."""
+    try:
+        return json.loads(json.dumps(from_dict(old).training_sections()))
     except ConfigError:
         # Of a version with other options: the differences are told as they are.
         return old
