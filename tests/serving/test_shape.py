@@ -10,7 +10,7 @@ import pytest
 from tests.serving.asking import ask, make_app, post, refused, send
 from twotower.config import RerankConfig
 from twotower.core.errors import ConfigError
-from twotower.retrieval.rerank import RERANKERS, Reranking
+from twotower.retrieval.rerank import RERANKERS, Reranking, resolve_rerank
 from twotower.retrieval.retriever import Recommendation, Recommendations
 from twotower.serving import types
 from twotower.serving.answers import Answers
@@ -406,6 +406,34 @@ def test_pages_of_a_hook_are_those_of_one_order(retriever):
         pages.append([item.item_id for item in answer.items])
     best = ids(retriever.recommend(user, k=24))
     assert sum(pages, []) == [*best[:18][::-1], *best[18:]]
+
+
+def test_pages_of_a_re_ranker_of_the_bundle_are_those_of_one_order(retriever, monkeypatch):
+    user = retriever.bundle.users["user_id"][0].as_py()
+    best = ids(retriever.recommend(user, k=24))
+
+    def turn(candidates, k):
+        return np.arange(len(candidates.scores))[:k][::-1]
+
+    def pages(kind, **options):
+        reranking = resolve_rerank({"kind": kind, "multiple": 3, **options}, RerankConfig())
+        monkeypatch.setattr(retriever, "configured_rerank", reranking)
+        answers = Answers(retriever)
+        made = []
+        for offset in range(0, 24, 6):
+            answer = answers.retrieve(types.Retrieve(user_id=user, k=6, offset=offset))
+            made.append([item.item_id for item in answer.items])
+        return made
+
+    monkeypatch.setitem(RERANKERS, "turned", turn)
+    assert sum(pages("turned"), []) == [*best[:18][::-1], *best[18:]]
+    # What caps leave out of the window comes on no page, nor what is behind it.
+    capped = pages("caps", options={"column": "category", "max_items": 2})
+    labels = collections.Counter(
+        retriever.item(item).display["category"] for page in capped for item in page
+    )
+    assert set(labels.values()) <= {1, 2} and len(sum(capped, [])) == labels.total() < 18
+    assert capped[0] == ids(retriever.recommend(user, k=6))
 
 
 def test_others_are_answered_while_a_hook_works(retriever, tmp_path):

@@ -178,7 +178,7 @@ class Answers:
             # Its pages are of one order, which the retriever makes anew for each length.
             or request.window
             or (request.offset and self._reorder(request, made.source) is not None)
-            or (self._ranks_whole and made.source == "model")
+            or (made.source == "model" and self._ranks_whole)
         )
         if shaped:
             return self._shape(request, made)
