@@ -3,6 +3,7 @@
 import concurrent.futures
 import http.client
 import json
+import logging
 import os
 import re
 import signal
@@ -13,8 +14,11 @@ import time
 from pathlib import Path
 
 import pytest
+from uvicorn.protocols.http import httptools_impl
 
+from twotower.retrieval import retriever
 from twotower.retrieval.bundle import load_bundle
+from twotower.serving import server
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a token for changes"
@@ -144,3 +148,13 @@ def test_a_server_bounds_what_it_takes_and_ends_when_it_has_answered(copied):
     finally:
         if server.process.poll() is None:
             server.end(signal.SIGKILL)
+
+
+def test_what_a_stranger_sends_fills_no_log():
+    def is_written(level, path):
+        return server._is_of_the_server(logging.makeLogRecord({"levelno": level, "pathname": path}))
+
+    for module in (httptools_impl, retriever):
+        assert not is_written(logging.WARNING, module.__file__)
+        assert is_written(logging.ERROR, module.__file__)
+    assert is_written(logging.WARNING, server.__file__)

@@ -63,6 +63,8 @@ _SHED = b"".join(
     ]
 )
 _OFFER = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
+# Files whose warnings are on single requests: a stranger could fill the log with them.
+_OF_REQUESTS = ("retriever.py", "httptools_impl.py")
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
 GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
@@ -238,7 +240,7 @@ def serve(app: Service, bound: socket.socket) -> None:
 
 def _is_of_the_server(record: logging.LogRecord) -> bool:
     """Whether a line of the log says nothing of a single request: those are answered in full."""
-    return record.levelno >= logging.ERROR or not record.pathname.endswith("retriever.py")
+    return record.levelno >= logging.ERROR or not record.pathname.endswith(_OF_REQUESTS)
 
 
 async def _shed(scope: Scope, receive: Receive, send: Send) -> None:
