@@ -55,7 +55,7 @@ EXTRAS = {
         "ruff>=0.14",
         "schemathesis>=4.0",
         "setuptools>=77",  # builds the wheel that a test looks into
-        "sqlglot>=26.0",  # tests run BigQuery's SQL on DuckDB
+        "sqlglot>=30.0",  # tests run BigQuery's SQL on DuckDB
     ],
 }
 

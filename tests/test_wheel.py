@@ -66,7 +66,7 @@ def test_it_holds_the_package_and_what_it_ships(wheel):
     others = [*(experiments / "features").glob("*"), *(experiments / "examples/tables").glob("*")]
     shipped = {f"twotower/shipped/{path.relative_to(experiments)}" for path in [*configs, *others]}
     held = {name for name in names if name.startswith("twotower/")}
-    endings = ("*.css", "*.html", "*.js", "*.svg")
+    endings = ("*.css", "*.html", "*.js", "*.sql", "*.svg")
     pages = [path for ending in endings for path in (ROOT / "twotower").rglob(ending)]
     static = {str(path.relative_to(ROOT)) for path in pages}
     assert held == package | shipped | static | {"twotower/py.typed"}

@@ -179,6 +179,25 @@ def test_rows_come_by_way_of_a_bucket(server, tmp_path, monkeypatch):
             prepare_folder(config, tmp_path / "again", **options)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"where": (("hour", ">", 100),)}, "where ('hour', '>', 100) removed 695 of 695 rows"),
+        ({"duplicates": "first"}, "1 of 695 rows have no timestamp"),
+        ({}, "1 of 695 rows have no timestamp"),
+    ],
+)
+def test_rows_that_can_only_be_a_mistake_are_refused_as_in_memory(server, tmp_path, change, words):
+    rows = make_rows()
+    times = rows["when"].to_pylist()
+    times[70] = None
+    server.add("shop.log", rows.set_column(0, "when", pa.array(times, rows["when"].type)))
+    config = config_of(CASES["nothing held out"] | {"data": change})
+    for engine, options in (("memory", {}), ("bigquery", {"tables": TABLES})):
+        with pytest.raises(ConfigError, match=re.escape(words)):
+            prepare_folder(config, tmp_path / engine, engine=engine, **options)
+
+
 @pytest.mark.parametrize("rows", [205, 215, 1005])
 def test_shares_are_rounded_as_in_memory(server, rows):
     from twotower.pipeline.engines.warehouse.script import _moments

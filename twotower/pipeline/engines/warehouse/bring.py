@@ -21,6 +21,7 @@ from twotower.core.ids import IdForm, written_forms
 from twotower.data.contract import KEYS, Contract
 from twotower.data.dataset import Dropped
 from twotower.data.filters import describe_absent_values
+from twotower.data.interactions import missing_times
 from twotower.data.nested import expand_objects
 from twotower.data.sources.bigquery import make_client, read_raw, sort_rows
 from twotower.data.tables import Origin, RawTable, log_column, read_tables, read_uses
@@ -176,6 +177,11 @@ class _Reader:
             raise ConfigError(f"interactions: {self._plan.origin.name} has no rows.")
         if not counts["rows_with_both"]:
             raise none_with_ids(total)
+        # Of one user and item a row without a time is neither the first nor the last.
+        if counts["rows_without_time"] and self._data.duplicates != "all":
+            first = f"in {self._plan.origin.name}"
+            left = counts["rows_of_conditions"]
+            raise missing_times(counts["rows_without_time"], left, first)
         if counts.get("bad_weights"):
             column = self._config.columns.get("weight", "weight")
             raise ConfigError(

@@ -215,6 +215,10 @@ def _counted(num_conditions: int, columns: Mapping[str, Column]) -> list[str]:
     ]
     for number in range(num_conditions):
         counted.append(f"COUNTIF({has_both} AND failed_condition = {number}) AS failed_{number}")
+    counted.append(
+        f"COUNTIF({has_both} AND failed_condition = {num_conditions} AND log_timestamp IS NULL) "
+        "AS rows_without_time"
+    )
     if "weight" in columns and columns["weight"].type == pa.float64():
         weight = columns["weight"].variable
         counted.append(f"COUNTIF({weight} < 0 OR IS_INF({weight})) AS bad_weights")

@@ -4,7 +4,7 @@ CREATE TEMP TABLE spelt_${side}s AS
 SELECT ${side}_id AS written, TRIM(${side}_id) AS trimmed
 FROM typed
 WHERE ${side}_id IS NOT NULL
-GROUP BY written;
+GROUP BY ${side}_id;
 
 SET ${side}s_are_digits = (
   SELECT
