@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 
 from twotower.config import Config, TableConfig
-from twotower.core.arrow import BadValue, join_chunks, plain_text
+from twotower.core.arrow import BadValue, join_chunks
 from twotower.core.codes import codes_and_values, encode
 from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm, written_forms
 from twotower.core.progress import progress
-from twotower.data.contract import KEYS, Contract, Uses
+from twotower.data.contract import KEYS, Contract
 from twotower.data.dataset import Dataset, Dropped, collect_entities
-from twotower.data.filters import with_separator
 from twotower.data.matching import check_matches
-from twotower.data.operators import matches
 from twotower.data.sources import files
 from twotower.data.sources.content import Kind
 from twotower.data.sources.load import skipped_rows
 from twotower.data.tables import (
     Origin,
     RawTable,
-    log_column,
     near_equal_ids,
     read_tables,
-    read_uses,
 )
 from twotower.features.spec import FeatureSpec
-from twotower.pipeline.describe import list_separators
 from twotower.pipeline.engines.database import Database
 from twotower.pipeline.engines.kept.rows import Rows, RowWriter
 from twotower.pipeline.engines.kept.stages import SCRATCH, Stages
-
-# Names of the source whose files are Parquet.
-PARQUET = ("parquet", "arrow", "pq")
-# File and line of bad rows that a report shows.
-_SHOWN = 5
+from twotower.pipeline.engines.reading.columns import Columns, schema_from_text, schema_to_text
+from twotower.pipeline.engines.reading.log_reading import (
+    SHOWN,
+    LogReading,
+    note_skipped,
+    place_in,
+    without_rows,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +82,47 @@ class Log:
         return rows.select(self.schema.names).cast(self.schema)
 
 
+class ReadLog(Protocol):
+    """What is known of a log whose rows were read, but for the codes of its ids.
+
+    Attributes:
+        kind: Kind of files whose name does not tell.
+        contract: Forms of the times, and of the columns that are used as numbers.
+        columns: Columns of the rows.
+        skipped: Note on the rows that were left out; None where there are none.
+    """
+
+    kind: Kind
+    contract: Contract
+    columns: Columns
+    skipped: Dropped | None
+
+    def raw(self, rows: pa.Table) -> RawTable:
+        """Returns rows as those of the table of the log, which name a row by its position."""
+        ...
+
+
+class DistinctIds(Protocol):
+    """The distinct ids of a log as they were read."""
+
+    def ids(self, key: str) -> pa.ChunkedArray:
+        """Returns the ids of users or items, in order of first appearance.
+
+        Args:
+            key: "user_id" or "item_id".
+        """
+        ...
+
+    def first_row(self, key: str, number: int) -> int:
+        """Returns the position of the first row that has an id.
+
+        Args:
+            key: "user_id" or "item_id".
+            number: Number of the id among the distinct ones.
+        """
+        ...
+
+
 def read_log(database: Database, config: Config, spec: FeatureSpec, folder: Path) -> Log:
     """Reads the log of a configuration into the table `log` of a database.
 
@@ -97,45 +135,72 @@ def read_log(database: Database, config: Config, spec: FeatureSpec, folder: Path
     Raises:
         ConfigError: The data cannot be read, or can only be a mistake.
     """
-    uses = spec.uses()
-    reader = _Reader(config, uses, list_separators(spec))
+    reader = _Reader(LogReading.of(config, spec))
     rows = _read_or_find(reader, folder)
+
+    def insert(codes: Mapping[str, np.ndarray]) -> list[Dropped]:
+        return insert_rows(database, _blocks(rows, reader.columns, codes))
+
+    return code_log(database, reader, rows, insert, config, spec)
+
+
+def code_log(
+    database: Database,
+    read: ReadLog,
+    distinct: DistinctIds,
+    insert: Callable[[Mapping[str, np.ndarray]], list[Dropped]],
+    config: Config,
+    spec: FeatureSpec,
+) -> Log:
+    """Gives the ids of a log their codes, has its rows inserted, and collects users and items.
+
+    Args:
+        database: Database in which the rows are then.
+        read: The log as it was read.
+        distinct: Its distinct ids.
+        insert: Function that makes the table `log` of the rows that have a user and an item, and
+            returns notes on the others. Its argument has by key the code of each distinct id, int32
+            [D + 1], -1 of what counts as missing and at the end.
+        config: Configuration of a run.
+        spec: Features of the run.
+
+    Raises:
+        ConfigError: The data can only be a mistake.
+    """
     forms = {}
     written = {}
     # Forms are those of all distinct ids, which fit into memory where the rows do not.
     for key in KEYS:
-        distinct = rows.ids(key)
-        forms[key] = IdForm.find(distinct)
-        written[key] = written_forms(distinct)
-    contract = Contract(**forms, time=reader.contract.time, written=written)
+        values = distinct.ids(key)
+        forms[key] = IdForm.find(values)
+        written[key] = written_forms(values)
+    contract = Contract(**forms, time=read.contract.time, written=written)
     # After the log, whose contract says how their ids are read.
-    sides = _side_tables(config, reader.kind)
-    _, tables, contract = read_tables([], sides, uses, contract)
-    contract = dataclasses.replace(
-        contract, columns={**contract.columns, **reader.contract.columns}
-    )
+    sides = _side_tables(config, read.kind)
+    _, tables, contract = read_tables([], sides, spec.uses(), contract)
+    contract = dataclasses.replace(contract, columns={**contract.columns, **read.contract.columns})
     codes = {}
     ids = {}
     for key in KEYS:
-        codes[key], ids[key] = _codes_of_texts(rows, reader, contract, key)
-    dropped = _insert_rows(database, rows, reader, codes)
+        codes[key], ids[key] = _codes_of_texts(distinct, read, contract, key)
+    dropped = insert(codes)
     # Of the rows that are left: an id that only dropped rows have makes no user or item.
     of_log = ids
     if dropped:
         of_log = {key: _ids_of_log(database, key, values) for key, values in ids.items()}
     # In the order in which memory notes them, so that both reports are the same.
     skipped = skipped_rows(sides)
-    if reader.skipped is not None:
-        skipped = [reader.skipped, *skipped]
+    if read.skipped is not None:
+        skipped = [read.skipped, *skipped]
     dataset = make_dataset(
-        coded_schema(reader.schema, ids),
+        coded_schema(read.columns.schema, ids),
         of_log,
         {raw.name: table for raw, table in zip(sides, tables, strict=True)},
         contract,
         config.data.accept,
         dropped=[*skipped, *dropped],
     )
-    return Log(dataset, reader.columns, ids)
+    return Log(dataset, read.columns.names, ids)
 
 
 def make_dataset(
@@ -196,35 +261,16 @@ def _read_or_find(reader: _Reader, folder: Path) -> Rows:
 
 
 class _Reader:
-    """The rows of the log, on their way from its files to those of the folder.
+    """Rows of the log, on their way from its files to those of the folder; it is a `ReadLog`."""
 
-    Attributes:
-        kind: Kind of files whose name does not tell.
-        contract: Forms of the times, and of the columns that are used as numbers.
-        schema: Schema of the rows under our names, with ids as the files have them.
-        columns: Column that is no id -> its column in the database.
-        skipped: Note on the rows that were left out; None where there are none.
-    """
-
-    def __init__(self, config: Config, uses: Uses, separators: dict[str, str]):
-        data = config.data
-        # `config.data.path` is a short form, as for a log in memory.
-        path = data.path or data.interactions.path
-        self._config = dataclasses.replace(data.interactions, path=path)
-        self.kind: Kind = "csv"
-        if data.source in PARQUET:
-            self.kind = "parquet"
-        self._uses = uses
-        self._where = []
-        for number, condition in enumerate(data.where):
-            field = f"config.data.where[{number}]={condition!r}"
-            self._where.append((with_separator(condition, field, separators), field))
+    def __init__(self, reading: LogReading):
+        self._reading = reading
+        self.kind: Kind = reading.kind
         # Row of the log at which each file begins, and its path.
         self._files: list[tuple[int, str]] = []
         self._rows = 0
         self.contract = Contract()
-        self.schema: pa.Schema = pa.schema([])
-        self.columns: dict[str, str] = {}
+        self.columns = Columns("duckdb")
         self.skipped: Dropped | None = None
         # Distinct ids of each block by key.
         self._sizes: dict[str, list[int]] = {}
@@ -241,24 +287,22 @@ class _Reader:
         writer = RowWriter(scratch)
         skipped = 0
         places: list[str] = []
-        for path, event in files.find_event_files(self._config, "interactions", self.kind):
+        table = self._reading.table
+        for path, event in files.find_event_files(table, "interactions", self.kind):
             self._files.append((self._rows, str(path)))
-            pieces = files.read_pieces(path, self._config, "interactions", self.kind)
+            pieces = files.read_pieces(path, table, "interactions", self.kind)
             total = files.estimate_pieces(path)
             for part in progress(pieces, total=total, what=f"reading {path.name}", seconds=10.0):
                 if part.rows is not None and len(part.rows.skipped):
                     skipped += len(part.rows.skipped)
-                    lines = part.rows.skipped_lines(_SHOWN - len(places))
+                    lines = part.rows.skipped_lines(SHOWN - len(places))
                     places += [f"{path}, line {line}" for line in lines]
                 if event:
                     part = files.with_event(part, event, "interactions")
                 if len(part.table):
                     self._add(part, writer)
         if not self._rows:
-            raise ConfigError(
-                f"interactions: {self._config.path} has no rows; config.data.interactions.path "
-                "must name a file with data."
-            )
+            raise without_rows(table.path)
         if skipped:
             self.skipped = note_skipped(skipped, self._rows, places)
         self._sizes = writer.finish()
@@ -274,7 +318,7 @@ class _Reader:
             "contract": self.contract.to_dict(),
             # Of no matter to a contract, but told when times are refused.
             "time": {"is_typed": time.is_typed, "is_text": time.is_text},
-            "schema": base64.b64encode(self.schema.serialize()).decode(),
+            "schema": schema_to_text(self.columns.schema),
             "skipped": None if self.skipped is None else dataclasses.asdict(self.skipped),
         }
 
@@ -291,8 +335,7 @@ class _Reader:
         contract = Contract.from_dict(state["contract"])
         time = dataclasses.replace(contract.time, **state["time"])
         self.contract = dataclasses.replace(contract, time=time)
-        self.schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(state["schema"])))
-        self._name_columns()
+        self.columns.begin(schema_from_text(state["schema"]), self._files[0][1])
         skipped = state["skipped"]
         if skipped is not None:
             self.skipped = Dropped(**{**skipped, "places": tuple(skipped["places"])})
@@ -304,136 +347,22 @@ class _Reader:
         first, path = next(file for file in reversed(self._files) if file[0] <= position)
         return f"{path}, row {position - first + 1}"
 
-    def raw(self, rows: pa.Table, describe_row: functools.partial | None = None) -> RawTable:
-        """Returns rows as those of the table of the log."""
-        name = self._files[-1][1]
-        origin = Origin(name, describe_row or self.place, is_typed=self.kind != "csv")
-        return RawTable(rows, self._config, "interactions", origin)
+    def raw(self, rows: pa.Table) -> RawTable:
+        """See `ReadLog`."""
+        origin = Origin(self._files[-1][1], self.place, is_typed=self.kind != "csv")
+        return RawTable(rows, self._reading.table, "interactions", origin)
 
     def _add(self, part: files.Part, writer: RowWriter) -> None:
-        describe = functools.partial(_place, part)
+        name = self._files[-1][1]
         # Piece by piece, with the file and line of each row for messages.
-        raw = self.raw(part.table, describe).with_our_names()
-        rows, self.contract = _typed(raw, self._uses, self.contract)
-        # While the columns have Arrow's types: conditions mean the same in both engines.
-        failed = _first_failed(rows, self._where)
+        origin = Origin(name, functools.partial(place_in, part), is_typed=self.kind != "csv")
+        rows, self.contract, failed = self._reading.read(part.table, origin, self.contract)
         if not self._rows:
-            self._begin(rows)
-        writer.write(self._as_known(rows, part), failed)
-        self._rows += len(rows)
-
-    def _begin(self, rows: pa.Table) -> None:
-        for field in rows.schema:
-            # UUIDs are known as ids, which become text.
-            kind = field.type.storage_type if _is_uuid_id(field) else field.type
-            if not _is_kept(kind):
-                raise ConfigError(
-                    f"interactions: the column {field.name!r} of {self._files[-1][1]} is of type "
-                    f"{field.type}, which --engine=duckdb does not keep: write it with another "
-                    "type, leave it out, or use --engine=memory."
-                )
-        self.schema = rows.schema
-        self._name_columns()
-        if "timestamp" not in self.columns:
-            raise ConfigError(
-                "config.data.interactions: the log has no column 'timestamp', without which "
-                "--engine=duckdb does not order it: use --engine=memory."
-            )
-
-    def _name_columns(self) -> None:
-        others = [name for name in self.schema.names if name not in KEYS]
-        # Names of their own: those of the files may differ by their case alone.
-        self.columns = {name: f"c{number}" for number, name in enumerate(others)}
-
-    def _as_known(self, rows: pa.Table, part: files.Part) -> pa.Table:
-        """Returns rows with the columns and types of those before."""
-        if rows.schema.equals(self.schema):
-            return rows
-        # A database has one table: filling columns in would be a second way to join files.
-        if rows.column_names != self.schema.names:
-            raise ConfigError(
-                f"interactions: {self._files[-1][1]} has the columns "
-                f"{', '.join(rows.column_names)}, and the files before {', '.join(self.columns)}: "
-                "use --engine=memory, which fills what is missing."
-            )
-        for name in rows.column_names:
-            before = self.schema.field(name).type
-            now = rows[name].type
-            # Of text what follows may be no whole number; files of Parquet chose their types.
-            is_number = name == "weight" or (part.kind == "csv" and name not in KEYS)
-            is_joined = is_number and {before, now} == {pa.int64(), pa.float64()}
-            if before != now and not is_joined:
-                raise ConfigError(
-                    f"interactions: the column {name!r} is {now} in {self._files[-1][1]}, and "
-                    f"{before} in the files before: write it with one type, or use --engine=memory."
-                )
-            # Whole numbers until the first that is none.
-            if before == pa.int64() and now == pa.float64():
-                number = self.schema.names.index(name)
-                self.schema = self.schema.set(number, pa.field(name, now))
+            self.columns.begin(rows.schema, name)
+        self.columns.widen(rows.schema, name, is_text=part.kind == "csv")
         # Large whole numbers are rounded, as they are where all of the column is read at once.
-        return rows.cast(self.schema, safe=False)
-
-
-def _is_uuid_id(field: pa.Field) -> bool:
-    return field.name in KEYS and field.type == pa.uuid()
-
-
-def _is_kept(kind: pa.DataType) -> bool:
-    """Returns whether values of a type come out of the database as they went in."""
-    lost = (
-        pa.types.is_decimal256,
-        pa.types.is_float16,
-        pa.types.is_duration,
-        pa.types.is_interval,
-        lambda kind: isinstance(kind, pa.BaseExtensionType),
-    )
-    if any(is_lost(kind) for is_lost in lost):
-        return False
-    # Those of lists and structs, which are nested to any depth.
-    inner = [kind.field(number).type for number in range(kind.num_fields)]
-    # A dictionary inside of another column does not come back as one.
-    return all(_is_kept(each) and not pa.types.is_dictionary(each) for each in inner)
-
-
-def note_skipped(count: int, rows: int, places: Sequence[str]) -> Dropped:
-    """Returns the note on rows of the log that were left out when it was read."""
-    origin = Origin("", str, is_typed=False, skipped=count, skipped_places=tuple(places))
-    # As if all rows were one table in memory: the words of the note are then the same.
-    table = pa.table({"row": pa.nulls(rows)})
-    (note,) = skipped_rows([RawTable(table, TableConfig(), "interactions", origin)])
-    return note
-
-
-def _place(part: files.Part, row: int) -> str:
-    return f"{part.path}, {part.place(row)}"
-
-
-def _typed(raw: RawTable, uses: Uses, contract: Contract) -> tuple[pa.Table, Contract]:
-    """Returns rows of the log with our types but for their ids, and the contract with its forms."""
-    contract = dataclasses.replace(contract, time=raw.time)
-    typed = {}
-    for name in raw.rows.column_names:
-        values = plain_text(raw.rows[name])
-        # Ids stay as the file has them: their form is known when all of them are.
-        if name not in KEYS:
-            try:
-                values = log_column(name, values, contract, raw)
-            except BadValue as error:
-                raise raw.refusal(error, name) from None
-        typed[name] = values
-    table, contract = read_uses(pa.table(typed), "user", uses, contract, raw)
-    return read_uses(table, "log", uses, contract, raw)
-
-
-def _first_failed(rows: pa.Table, conditions: Sequence[tuple[tuple, str]]) -> np.ndarray:
-    """Returns the number of the first condition that each row fails, int16 [N]; the number of
-    conditions where it fails none."""
-    failed = np.full(len(rows), len(conditions), np.int16)
-    # Backwards, so that the first one is written last.
-    for number, (condition, field) in reversed(list(enumerate(conditions))):
-        failed[~np.asarray(matches(rows, condition, field=field))] = number
-    return failed
+        writer.write(rows.cast(self.columns.schema, safe=False), failed)
+        self._rows += len(rows)
 
 
 def _side_tables(config: Config, kind: Kind) -> list[RawTable]:
@@ -448,13 +377,13 @@ def _side_tables(config: Config, kind: Kind) -> list[RawTable]:
 
 
 def _codes_of_texts(
-    rows: Rows, reader: _Reader, contract: Contract, key: str
+    distinct: DistinctIds, read: ReadLog, contract: Contract, key: str
 ) -> tuple[np.ndarray, pa.Array]:
     """Reads the distinct ids of the log by the form that all of them have.
 
     Args:
-        rows: Rows of the log.
-        reader: Reader of the log, for messages.
+        distinct: Distinct ids of the log.
+        read: The log as it was read, for messages.
         contract: Form of the ids.
         key: "user_id" or "item_id".
 
@@ -462,47 +391,62 @@ def _codes_of_texts(
         Code of the text of each distinct id, int32 [D + 1], -1 of what counts as missing and at the
         end; and the texts by code.
     """
-    distinct = rows.ids(key)
+    values = distinct.ids(key)
     try:
-        texts = contract.ids(key, distinct)
+        texts = contract.ids(key, values)
     except BadValue as error:
         # The row of a distinct id is that of its first appearance.
         if error.row is not None:
-            error.row = rows.first_row(key, error.row)
-        raise reader.raw(pa.table({key: distinct})).refusal(error, key) from None
+            error.row = distinct.first_row(key, error.row)
+        raise read.raw(pa.table({key: values})).refusal(error, key) from None
     # Of several spellings of an id the first decides its code, as in a log in memory.
-    codes, values = codes_and_values(encode(texts))
-    return np.append(codes, np.int32(-1)), values
+    codes, by_code = codes_and_values(encode(texts))
+    return np.append(codes, np.int32(-1)), by_code
 
 
-def _insert_rows(
-    database: Database, rows: Rows, reader: _Reader, codes: Mapping[str, np.ndarray]
-) -> list[Dropped]:
-    """Makes the table `log` of the rows that have ids, and returns notes on the others."""
+def _blocks(rows: Rows, columns: Columns, codes: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:
+    """Yields rows as those of the table `log`; the code of an id that is missing is -1."""
+    kinds = {columns.names[name]: kind for name, kind in _types(columns.schema)}
+    first = 0
+    for block, numbers in rows.blocks():
+        table = {"position": np.arange(first, first + len(block))}
+        for key, column in zip(KEYS, ("u", "i"), strict=True):
+            table[column] = codes[key][numbers[key]]
+        for name, kind in kinds.items():
+            # Whole numbers until a later block had another one.
+            table[name] = block[name].cast(kind, safe=False)
+        table["failed"] = block["failed"]
+        yield pa.table(table)
+        first += len(block)
+
+
+def insert_rows(database: Database, blocks: Iterable[pa.Table]) -> list[Dropped]:
+    """Makes the table `log` of the rows that have ids, and returns notes on the others.
+
+    Args:
+        database: Database to make it in.
+        blocks: All rows in any order, with the columns of the table; the code of an id that is
+            missing is -1.
+
+    Raises:
+        ConfigError: No row has both ids.
+    """
     total = 0
     # Users first, as in memory: a row without both counts as one without a user.
     missing = dict.fromkeys(KEYS, 0)
-    kinds = {reader.columns[name]: kind for name, kind in _types(reader.schema)}
     is_empty = True
-    for block, numbers in rows.blocks():
-        position = np.arange(total, total + len(block))
+    for block in blocks:
         total += len(block)
-        user, item = (codes[key][numbers[key]] for key in KEYS)
+        user, item = (block[column].to_numpy() for column in ("u", "i"))
         missing["user_id"] += int((user < 0).sum())
         missing["item_id"] += int(((user >= 0) & (item < 0)).sum())
-        columns = {"position": position, "u": user, "i": item}
-        for name, kind in kinds.items():
-            # Whole numbers until a later block had another one.
-            columns[name] = block[name].cast(kind, safe=False)
-        columns["failed"] = block["failed"]
-        table = pa.table(columns)
         has_ids = (user >= 0) & (item >= 0)
         if not has_ids.all():
-            table = table.filter(pa.array(has_ids))
+            block = block.filter(pa.array(has_ids))
         if is_empty:
-            database.create("log", table)
+            database.create("log", block)
         else:
-            database.insert("log", table)
+            database.insert("log", block)
         is_empty = False
     dropped = []
     left = total

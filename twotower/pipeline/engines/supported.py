@@ -7,7 +7,7 @@ from twotower.core.errors import ConfigError
 from twotower.data.sources.load import describes_items
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.engines.divide import KINDS
-from twotower.pipeline.engines.log import PARQUET
+from twotower.pipeline.engines.reading.log_reading import PARQUET
 from twotower.pipeline.engines.warehouse import script
 from twotower.pipeline.labels import label_columns
 
