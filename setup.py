@@ -33,6 +33,8 @@ EXTRAS = {
     "sweep": ["optuna>=4.0"],
     "stream": ["grain>=0.2.14", "array_record>=0.8"],
     "duckdb": ["duckdb>=2.0"],
+    # It wants older releases of protobuf than others do: best in an environment of its own.
+    "beam": ["apache-beam>=2.60", "duckdb>=2.0"],
     "faiss": ["faiss-cpu>=1.8"],
     "hnswlib": ["hnswlib>=0.8"],
     "dev": [

@@ -75,6 +75,7 @@ MAX_FILES = 15
 ADDRESS = re.compile(r"twotower(\.\w+)+:\w+")
 # google.cloud itself is an empty namespace that orbax looks into
 HEAVY = (
+    "apache_beam",
     "array_record",
     "faiss",
     "fastapi",

@@ -393,6 +393,8 @@ def prepare(
     max_bad_rows: int | None = None,
     tables: str = "",
     export: str = "",
+    beam_options: str = "",
+    beam_temp: str = "",
 ) -> DataReport | None:
     """Prepares a log into a folder, from which any number of runs train: `train(..., data=folder)`.
 
@@ -406,14 +408,18 @@ def prepare(
         config: Configuration whose data, split, features and labels are prepared.
         folder: Folder to write to. One that is whole already is left as it is; one that was left
             half-way is gone on with by "duckdb", where nothing has changed.
-        engine: "memory", which reads the whole log, "duckdb", for one that is larger, or
-            "bigquery", for one that lies there. All leave the same folder, byte for byte.
-        memory: Memory that the engines "duckdb" and "bigquery" keep to.
+        engine: "memory", which reads the whole log; "duckdb", for one that is larger; "beam", whose
+            log workers of Apache Beam read; "bigquery", for one that lies there. All leave the same
+            folder, byte for byte.
+        memory: Memory that all engines but "memory" keep to.
         max_bad_rows: Number of rows of text files with other fields than the header that may be
             left out; None for what `bad_rows` of the tables says.
         tables: DATASET.NAME, where the engine "bigquery" leaves NAME_rows and other tables.
         export: gs://BUCKET/FOLDER, by way of which "bigquery" hands its rows over as Parquet; empty
             for pages of its own interface.
+        beam_options: Options of the pipelines of the engine "beam", such as "--runner=FlinkRunner".
+        beam_temp: Folder or address that all its workers see, for what they hand to each other; by
+            default one below `folder`.
 
     Returns:
         Facts about the data that a person should know before training.
@@ -432,6 +438,8 @@ def prepare(
         max_bad_rows=max_bad_rows,
         tables=tables,
         export=export,
+        beam_options=beam_options,
+        beam_temp=beam_temp,
     )
 
 

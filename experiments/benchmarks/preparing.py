@@ -4,16 +4,21 @@
 
     python -m experiments.benchmarks.preparing --workers=duckdb --rows=50000000 --memory=4GB
 
+    python -m experiments.benchmarks.preparing --workers=memory,duckdb,beam --rows=1000000
+
 The log is written in parts, in order of time: 25 rows a user on average, few users with many rows,
 few items with most of them. `my_log.py` prepares it: a split by time, the ids and histories of
 users, the ids of items. Each measurement is a process of its own, so that peaks are its own; the
 peer does with pandas what is needed for the same arrays. `duckdb` is the engine for logs larger
-than memory, which writes its folder as well. `training` goes on to train the first tenth of an
-epoch, or --steps, validating five times, and says what memory either took.
+than memory, which writes its folder as well, and so do `beam`, whose workers are threads of this
+process then, and `memory`: the content of their folders must be the same. `training` goes on to
+train the first tenth of an epoch, or --steps, validating five times, and says what memory either
+took.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import resource
 import subprocess
@@ -21,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,9 +45,10 @@ IDS = flags.DEFINE_enum("ids", "digits", ["digits", "text", "long"], "Form of th
 WORKERS = flags.DEFINE_list(
     "workers",
     ["twotower", "duckdb", "pandas"],
-    "What prepares the log: twotower, duckdb, pandas; training also trains a tenth of an epoch.",
+    "What prepares the log: twotower, memory, duckdb, beam, pandas; training trains a tenth of "
+    "an epoch.",
 )
-MEMORY = flags.DEFINE_string("memory", "4GB", "Memory of the engine duckdb.")
+MEMORY = flags.DEFINE_string("memory", "4GB", "Memory of the engines duckdb and beam.")
 FILE = flags.DEFINE_string("file", "", "Log to prepare; by default one is written first.")
 STEPS = flags.DEFINE_integer("steps", 0, "Steps of `training`; 0 for the tenth of an epoch.")
 WORKER = flags.DEFINE_string("worker", "", "What this process measures; for internal use.")
@@ -72,6 +79,9 @@ def main(argv: list[str]) -> None:
             figures[worker] = _run(worker, path)
             print(f"{worker}: {figures[worker]}", flush=True)
     write_json("preparing", figures, unit="seconds and MB", base="pandas")
+    contents = {figure["content"] for figure in figures.values() if "content" in figure}
+    if len(contents) > 1:
+        raise SystemExit(f"The engines left different folders: {', '.join(sorted(contents))}.")
     if {"pandas", "twotower"} <= set(figures):
         ratios = {}
         for name, figure in (("speed", "seconds"), ("memory", "peak_mb")):
@@ -125,7 +135,7 @@ def _ids(numbers: np.ndarray, word: str) -> pa.Array:
     return pc.binary_join_element_wise(word, texts, "")
 
 
-def _run(worker: str, path: str) -> dict[str, float]:
+def _run(worker: str, path: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "experiments.benchmarks.preparing"]
     command += [f"--worker={worker}", f"--file={path}", f"--kind={KIND.value}"]
     command += [f"--rows={ROWS.value}", f"--memory={MEMORY.value}", f"--steps={STEPS.value}"]
@@ -174,16 +184,18 @@ def _prepare(path: str) -> dict[str, float]:
     return meter.figures(rows)
 
 
-def _prepare_on_disk(path: str) -> dict[str, float]:
+def _prepare_folder(path: str, engine: str) -> dict[str, Any]:
     from twotower.config import from_dict
     from twotower.pipeline.engines.engine import prepare_folder
+    from twotower.pipeline.folder import content_of
 
     meter = _Meter()
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         config = from_dict(_config(path))
-        report = prepare_folder(config, Path(folder), engine="duckdb", memory=MEMORY.value)
+        report = prepare_folder(config, Path(folder), engine=engine, memory=MEMORY.value)
+        content = content_of(Path(folder))
     assert report is not None
-    return meter.figures(report.rows)
+    return meter.figures(report.rows) | {"content": content[:16]}
 
 
 def _train(path: str) -> dict[str, float]:
@@ -262,7 +274,9 @@ def _prepare_with_pandas(path: str) -> dict[str, float]:
 
 _WORKERS = {
     "twotower": _prepare,
-    "duckdb": _prepare_on_disk,
+    "memory": functools.partial(_prepare_folder, engine="memory"),
+    "duckdb": functools.partial(_prepare_folder, engine="duckdb"),
+    "beam": functools.partial(_prepare_folder, engine="beam"),
     "pandas": _prepare_with_pandas,
     "training": _train,
 }

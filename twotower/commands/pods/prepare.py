@@ -6,13 +6,17 @@ r"""Prepares a log into a folder, from which any number of runs train: `train --
 
     twotower prepare --config=my_log --data=prepared/shop --engine=bigquery --tables=shop.made
 
+    twotower prepare --config=my_log --data=prepared/shop --engine=beam \
+        --beam_options="--runner=DataflowRunner --region=..." --beam_temp=gs://BUCKET/tmp
+
 The engine "memory" reads the whole log into memory. "duckdb" (extra `duckdb`) prepares a log that
 is larger: rows lie on the disk, below FOLDER, while ids and tables of users and items are in
 memory. "bigquery" (extras `bigquery` and `duckdb`) filters, codes and divides a log of BigQuery by
 a script there, which leaves the tables shop.made_rows, _users and _items; --dry_run prints the
-script and runs nothing. All leave the same folder, byte for byte. A folder that is whole is left as
-it is. One that was stopped half-way is gone on with by "duckdb", behind the last stage that was
-whole.
+script and runs nothing. "beam" (extra `beam`) has workers of Apache Beam read the log and code its
+ids; the rest is as with "duckdb". All leave the same folder, byte for byte. A folder that is whole
+is left as it is. One that was stopped half-way is gone on with by "duckdb", behind the last stage
+that was whole.
 
 Rows of a text file that have other fields than the header are refused, unless the configuration
 says otherwise (`bad_rows`); --max_bad_rows=10 leaves out up to ten, and says how many there were.
@@ -38,14 +42,28 @@ _DATA = flags.DEFINE_string(
 _ENGINE = flags.DEFINE_enum(
     "engine",
     "memory",
-    ["memory", "duckdb", "bigquery"],
+    ["memory", "duckdb", "bigquery", "beam"],
     "What prepares the rows.",
     flag_values=FLAGS,
 )
 _MEMORY = flags.DEFINE_string(
     "memory",
     "4GB",
-    "Memory that the engines duckdb and bigquery keep to, such as 4GB.",
+    "Memory that all engines but memory keep to, such as 4GB.",
+    flag_values=FLAGS,
+)
+_BEAM_OPTIONS = flags.DEFINE_string(
+    "beam_options",
+    "",
+    "Options of the pipelines of the engine beam, as on its command line: "
+    '"--runner=DataflowRunner --region=...". By default this machine runs them.',
+    flag_values=FLAGS,
+)
+_BEAM_TEMP = flags.DEFINE_string(
+    "beam_temp",
+    "",
+    "Folder or address that all workers of the engine beam see, for what they hand to each other; "
+    "by default one below FOLDER.",
     flag_values=FLAGS,
 )
 _MAX_BAD_ROWS = flags.DEFINE_integer(
@@ -100,6 +118,8 @@ def main() -> None:
         max_bad_rows=_MAX_BAD_ROWS.value,
         tables=_TABLES.value,
         export=_EXPORT.value,
+        beam_options=_BEAM_OPTIONS.value,
+        beam_temp=_BEAM_TEMP.value,
     )
     if report is not None:
         print_report(report)

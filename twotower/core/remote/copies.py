@@ -45,6 +45,35 @@ def fetch_tables(address: str, flag: str) -> str:
     Raises:
         ConfigError: There is no such object.
     """
+    bucket, objects, pattern = _find(address, flag)
+    folder = cache_folder() / "tables" / copy_name(bucket.address)
+    # Processes that begin together want the same copy: the first makes it.
+    with exclusive(folder, "copy", wait=True):
+        _update(bucket, objects, folder, pattern)
+    if bucket.is_object:
+        return str(folder / objects[0].name)
+    return str(folder / pattern) if pattern else str(folder)
+
+
+def list_tables(address: str, flag: str) -> tuple[str, list[Object]]:
+    """Returns the folder and the objects in it that `fetch_tables` would copy.
+
+    Args:
+        address: Address of a file, a folder, or a pattern of files.
+        flag: Name of the option that holds it.
+
+    Raises:
+        ConfigError: There is no such object.
+    """
+    bucket, objects, _ = _find(address, flag)
+    if bucket.is_object:
+        folder, _, name = bucket.address.rpartition("/")
+        return folder, [objects[0]._replace(name=name)]
+    return bucket.address, objects
+
+
+def _find(address: str, flag: str) -> tuple[Bucket, list[Object], str]:
+    """Returns the bucket of an address, the objects that it names, and their pattern."""
     found = _WILDCARD.search(address)
     base = address
     pattern = ""
@@ -55,13 +84,7 @@ def fetch_tables(address: str, flag: str) -> str:
     objects = [each for each in bucket.list() if _matches(each.name, pattern)]
     if not objects:
         raise ConfigError(f"{flag}={address!r}: there is no such object.")
-    folder = cache_folder() / "tables" / copy_name(bucket.address)
-    # Processes that begin together want the same copy: the first makes it.
-    with exclusive(folder, "copy", wait=True):
-        _update(bucket, objects, folder, pattern)
-    if bucket.is_object:
-        return str(folder / objects[0].name)
-    return str(folder / pattern) if pattern else str(folder)
+    return bucket, objects, pattern
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -9,7 +9,7 @@ import glob
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -179,12 +179,11 @@ def find_files(path: str, name: str, kind: Kind) -> list[Path]:
         return [named.find_file(path, field)]
     expanded = _expand(path, field)
     if os.path.isdir(expanded):
-        # A folder of files of another kind is that table all the same.
-        by_preference = sorted(content.SUFFIXES, key=lambda other: other != kind)
-        for other in by_preference:
-            files = _files_of_folder(Path(expanded), other)
-            if files:
-                return files
+        folder = Path(expanded)
+        below = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+        files = [folder / path for path in keep_data(below, kind)]
+        if files:
+            return files
         suffixes = ", ".join(_suffixes(kind))
         raise ConfigError(f"{field}={path!r}: the folder holds no file that ends in {suffixes}.")
     # Before the glob: a file name may itself contain brackets.
@@ -341,13 +340,20 @@ class _Files:
         return f"{part.path}, {part.place(row - first_row)}"
 
 
-def _files_of_folder(folder: Path, kind: Kind) -> list[Path]:
-    files = []
-    # Folders of partitions (day=1/part-0.parquet) are searched too.
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and _is_data(path.relative_to(folder), kind):
-            files.append(path)
-    return files
+def keep_data(paths: Iterable[Path], kind: Kind) -> list[Path]:
+    """Returns the files of a folder that are those of one table, in its order.
+
+    Args:
+        paths: All files below the folder, also in folders of partitions (day=1/part-0.parquet).
+        kind: Kind that is preferred.
+    """
+    ordered = sorted(paths)
+    # A folder of files of another kind is that table all the same.
+    for other in sorted(content.SUFFIXES, key=lambda other: other != kind):
+        files = [path for path in ordered if _is_data(path, other)]
+        if files:
+            return files
+    return []
 
 
 def _similar_file_hint(path: Path, kind: Kind) -> str:
@@ -396,7 +402,9 @@ def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
         return Part(path, found.kind, table, place)
 
 
-def read_pieces(path: Path, config: TableConfig, name: str, kind: Kind) -> Iterator[Part]:
+def read_pieces(
+    path: Path, config: TableConfig, name: str, kind: Kind, *, groups: Sequence[int] = ()
+) -> Iterator[Part]:
     """Yields the rows of one file in pieces, each as a part that names its rows as the file does.
 
     Args:
@@ -404,6 +412,7 @@ def read_pieces(path: Path, config: TableConfig, name: str, kind: Kind) -> Itera
         config: Form of its content.
         name: Name of the table in the configuration, for messages.
         kind: Kind of a file whose name and content do not tell.
+        groups: Row groups of a Parquet file that are read, one after the other; empty for all.
 
     Raises:
         ConfigError: It cannot be read, or is of a kind that cannot be read in pieces.
@@ -420,10 +429,13 @@ def read_pieces(path: Path, config: TableConfig, name: str, kind: Kind) -> Itera
                 f"{name}: {path} is no plain file of text or Parquet, and cannot be read in "
                 "pieces: --engine=memory reads it."
             )
-        first = 0
         with parquet.ParquetFile(path) as file:
             _check_names(file.schema_arrow.names, path, name)
-            for batch in file.iter_batches(_PIECE):
+            groups = groups or range(file.num_row_groups)
+            first = 0
+            for before in range(min(groups, default=0)):
+                first += file.metadata.row_group(before).num_rows
+            for batch in file.iter_batches(_PIECE, row_groups=list(groups)):
                 table = pa.Table.from_batches([batch])
                 place = functools.partial(_row, first=first)
                 _check_text(table, found, name, place)

@@ -16,6 +16,7 @@ from twotower.core.files import discard, exclusive, explain_full_disk
 from twotower.data.report import DataReport
 from twotower.pipeline import folder as data_folder
 from twotower.pipeline.engines.bad_rows import check_bad_rows, with_bad_rows
+from twotower.pipeline.engines.beam.launch import prepare_on_beam
 from twotower.pipeline.engines.kept.stages import SCRATCH, key_of
 from twotower.pipeline.engines.on_disk import prepare_on_disk
 from twotower.pipeline.engines.unfinished import preparing
@@ -24,6 +25,13 @@ from twotower.pipeline.prepare import prepare
 from twotower.pipeline.streaming.prepared import write_shards
 from twotower.pipeline.streaming.stream import check_installed
 
+# Options that one engine alone reads.
+_READ_BY = {
+    "tables": "bigquery",
+    "export": "bigquery",
+    "beam_options": "beam",
+    "beam_temp": "beam",
+}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -36,6 +44,8 @@ def prepare_folder(
     max_bad_rows: int | None = None,
     tables: str = "",
     export: str = "",
+    beam_options: str = "",
+    beam_temp: str = "",
 ) -> DataReport | None:
     """Prepares the log that a configuration names into a folder, with its encoder, and with the
     shards of a training that streams.
@@ -55,6 +65,9 @@ def prepare_folder(
             leaves.
         export: Folder of a bucket, by way of which the engine "bigquery" hands its rows over; empty
             for pages of its own interface.
+        beam_options: Options of the pipelines of the engine "beam", as on a command line.
+        beam_temp: Folder or address that all its workers see, for what they hand to each other; by
+            default one in `folder`.
 
     Returns:
         Facts about the data; None where the folder keeps none.
@@ -67,7 +80,7 @@ def prepare_folder(
     """
     # Both before the folder is locked: a mistake should leave no folder behind.
     run = choose(_ENGINES, engine, "--engine")
-    options = Options(parse_memory(memory), max_bad_rows, tables, export)
+    options = Options(parse_memory(memory), max_bad_rows, tables, export, beam_options, beam_temp)
     _check_options(engine, options)
     if config.training.input == "stream":
         check_installed()
@@ -115,21 +128,21 @@ class Options:
     max_bad_rows: int | None
     tables: str
     export: str
+    beam_options: str
+    beam_temp: str
 
 
 def _check_options(engine: str, options: Options) -> None:
     """Refuses options that the engine does not read."""
-    if engine == "bigquery":
-        if options.max_bad_rows is not None:
-            raise ConfigError(
-                f"--max_bad_rows={options.max_bad_rows} is of files of text, and --engine=bigquery "
-                "reads tables: leave it out."
-            )
-        return
-    for name in ("tables", "export"):
+    if engine == "bigquery" and options.max_bad_rows is not None:
+        raise ConfigError(
+            f"--max_bad_rows={options.max_bad_rows} is of files of text, and --engine=bigquery "
+            "reads tables: leave it out."
+        )
+    for name, reader in _READ_BY.items():
         value = getattr(options, name)
-        if value:
-            raise ConfigError(f"--{name}={value!r} is of --engine=bigquery: leave it out.")
+        if value and engine != reader:
+            raise ConfigError(f"--{name}={value!r} is of --engine={reader}: leave it out.")
 
 
 def _prepare_in_memory(config: Config, folder: Path, options: Options) -> None:
@@ -152,8 +165,20 @@ def _prepare_in_warehouse(config: Config, folder: Path, options: Options) -> Non
     )
 
 
+def _prepare_on_beam(config: Config, folder: Path, options: Options) -> None:
+    prepare_on_beam(
+        config,
+        folder,
+        options.memory,
+        options.max_bad_rows,
+        pipeline=options.beam_options,
+        temp=options.beam_temp,
+    )
+
+
 _ENGINES: dict[str, Callable[[Config, Path, Options], None]] = {
     "memory": _prepare_in_memory,
     "duckdb": _prepare_on_disk,
     "bigquery": _prepare_in_warehouse,
+    "beam": _prepare_on_beam,
 }

@@ -113,12 +113,12 @@ class DistinctIds(Protocol):
         """
         ...
 
-    def first_row(self, key: str, number: int) -> int:
+    def first_row(self, key: str, code: int) -> int:
         """Returns the position of the first row that has an id.
 
         Args:
             key: "user_id" or "item_id".
-            number: Number of the id among the distinct ones.
+            code: Number of the id among the distinct ones.
         """
         ...
 

@@ -19,7 +19,10 @@ from twotower import __version__
 from twotower.config import Config, TableConfig
 from twotower.core.errors import ConfigError
 from twotower.core.files import atomic, content_digest, discard, read_json, sync_files
+from twotower.core.remote.copies import list_tables
+from twotower.core.remote.objects import is_remote
 from twotower.data.sources import files as sources
+from twotower.data.sources.content import Kind
 from twotower.pipeline import folder as data_folder
 
 # Folder inside the prepared one for what is on the disk meanwhile. It marks all files beside it as
@@ -181,15 +184,15 @@ def key_of(config: Config, engine: str, max_bad_rows: int | None) -> str:
         # A file of this machine may have the name of the table.
         return secrets.token_hex(32)
     try:
-        content["files"] = {str(path): _stamp(path) for path in _files_of(config)}
+        content["files"] = dict(_stamps_of(config))
     except (ConfigError, OSError):
         # What is wrong with them is told when they are read.
         content["files"] = secrets.token_hex(16)
     return content_digest(json.loads(json.dumps(content, default=str)))
 
 
-def _files_of(config: Config) -> Iterator[Path]:
-    """Yields the files of the tables and of the features."""
+def _stamps_of(config: Config) -> Iterator[tuple[str, list[int]]]:
+    """Yields the files of the tables and of the features, each with its size and time."""
     data = config.data
     for name in _TABLES:
         table: TableConfig = getattr(data, name)
@@ -198,13 +201,24 @@ def _files_of(config: Config) -> Iterator[Path]:
         # The log always: without files this is refused.
         if name == "interactions" or table.path or table.event_files:
             kind = "parquet" if data.source in ("parquet", "arrow", "pq") else "csv"
-            for path, _ in sources.find_event_files(table, name, kind):
-                yield path
+            for pattern in table.event_files.values() or [table.path]:
+                yield from _stamps_of_pattern(pattern, name, kind)
     # Such as pretrained vectors, of any feature.
     for value in _texts(dataclasses.asdict(data), config.features):
         path = Path(os.path.expanduser(os.path.expandvars(value)))
         if value and path.is_file():
-            yield path
+            yield str(path), _stamp(path)
+
+
+def _stamps_of_pattern(pattern: str, name: str, kind: Kind) -> Iterator[tuple[str, list[int]]]:
+    # Not copied for that: workers may be the only ones that read them.
+    if is_remote(pattern):
+        address, objects = list_tables(pattern, f"config.data.{name}.path")
+        for each in objects:
+            yield f"{address}/{each.name}", [each.size, each.modified]
+        return
+    for path in sources.find_files(pattern, name, kind):
+        yield str(path), _stamp(path)
 
 
 def _texts(*values: Any) -> Iterator[str]:
