@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +90,20 @@ def test_row_groups_of_parquet_leave_the_same_folder(in_pieces, tmp_path):
     found = pieces.find_pieces(interactions, "parquet")
     assert [piece.first for piece in found] == [0, 0, 120, 240]
     leaves_the_same(config, tmp_path)
+
+
+def test_files_at_an_address_are_pieces_in_the_order_of_a_folder(place):
+    for pattern, names in (("/?.*.csv", "abc"), ("/b.log.csv", "b")):
+        found = pieces.find_pieces(TableConfig(path=f"file://{place}{pattern}"), "csv")
+        assert [Path(piece.path).name[0] for piece in found] == list(names)
+        # Not a copy of this machine, which workers do not see.
+        assert all(piece.path.startswith(f"file://{place}/") for piece in found)
+    # As of a folder on a disk, what is no table is left out.
+    (place / "_SUCCESS").touch()
+    found = pieces.find_pieces(TableConfig(path=f"file://{place}"), "csv")
+    assert [piece.path for piece in found] == sorted(
+        f"file://{path}" for path in place.glob("*.csv")
+    )
 
 
 def test_bad_rows_are_refused_with_file_and_line(place, tmp_path):
