@@ -14,7 +14,7 @@ from tests.pages import ROOT, read_blocks, run_command, shell_lines
 from tests.pipeline.engines.test_engines import CASES, HISTORY, ID, ITEM, config_of, content, place
 from twotower.config import TableConfig
 from twotower.core.errors import ConfigError
-from twotower.data.sources import delimited
+from twotower.data.sources import delimited, files
 from twotower.pipeline.engines.beam import launch, pieces, pipelines
 from twotower.pipeline.engines.engine import prepare_folder
 
@@ -46,18 +46,17 @@ def leaves_the_same(config, folder, **options):
 def test_a_log_of_text_leaves_the_same_folder(place, in_pieces, tmp_path):
     # Ids in two spellings, rows without one, conditions, kinds of events, a bad row.
     case = CASES["weighted events, conditions, one row a pair"]
-    data = case["data"] | {
-        "interactions": {"columns": {"weight": "hour"}},
-        "item_table": {"path": "items.csv"},
-        "where": (("weight", "<", 22), ("event", "!=", "cart"), ("event", "!=", "sell")),
+    data = case["data"] | {"item_table": {"path": "items.csv"}}
+    features = case["features"] | {
+        "user": case["features"]["user"] | {"hour": {"type": "float", "column": "hour"}}
     }
-    # What no whole number is comes late, in the last file of three.
+    # The first hour that is no whole number comes in the last file of three.
     (tmp_path / "log").mkdir()
     for name in ("a.log.csv", "b.log.csv", "items.csv"):
         shutil.copy(place / name, tmp_path / "log" / name)
     line = "time,user_id,item_id,event,hour\n1600000000,new,i1,view,0.5\n"
     (tmp_path / "log" / "c.log.csv").write_text(line)
-    config = config_of(tmp_path / "log", case | {"data": data})
+    config = config_of(tmp_path / "log", case | {"data": data, "features": features})
     report = leaves_the_same(config, tmp_path, max_bad_rows=1)
     reasons = [note.reason for note in report.dropped]
     assert report.dropped[0].rows == 1 and "without user_id" in reasons
@@ -89,6 +88,11 @@ def test_row_groups_of_parquet_leave_the_same_folder(in_pieces, tmp_path):
     config = dataclasses.replace(config, data=data)
     found = pieces.find_pieces(interactions, "parquet")
     assert [piece.first for piece in found] == [0, 0, 120, 240]
+    # Messages name rows by their place in the file.
+    last = files.read_pieces(
+        Path(found[-1].path), interactions, "interactions", "parquet", groups=found[-1].groups
+    )
+    assert next(last).place(0) == "row 241"
     leaves_the_same(config, tmp_path)
 
 
