@@ -95,6 +95,11 @@ class DirectProtocol(HttpToolsProtocol):
         """Headers of answers after which the connection ends; none while it goes on."""
         return []
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many requests wait that one which has waited for long is refused."""
+        return True
+
     def refuse_late(self) -> None:
         """Refuses a request that has waited for `wait_seconds`."""
         raise NotImplementedError
@@ -182,7 +187,7 @@ class DirectProtocol(HttpToolsProtocol):
             if self.transport.is_closing():
                 return
             # Whoever waits behind it would wait even longer, until nobody was answered in time.
-            if time.perf_counter() - self._arrived > self.wait_seconds:
+            if time.perf_counter() - self._arrived > self.wait_seconds and self.is_crowded:
                 self.refuse_late()
                 if self.closing:
                     self.transport.close()

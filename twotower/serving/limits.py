@@ -26,7 +26,8 @@ class Limits:
         connections: Connections at once.
         waiting: Requests that are read and not answered; more are refused at once, so that those
             accepted are answered in time.
-        wait: Seconds that a request may wait for its turn; one that has waited longer is refused.
+        wait: Seconds that a request may wait for its turn; one that has waited longer is refused
+            while many wait.
         writes: Changes and events that wait for the disk; more are refused at once.
         rate: Requests a second of each token, and of all clients without one together; None for
             any number.

@@ -65,6 +65,7 @@ _SHED = b"".join(
 _OFFER = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 # Files whose warnings are on single requests: a stranger could fill the log with them.
 _OF_REQUESTS = ("retriever.py", "httptools_impl.py")
+CROWD = 0.1  # share of the requests that may wait, from which on late ones are refused
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
 GRACE_SECONDS = 0.2  # in which a connection that was accepted last sends its request
@@ -438,6 +439,12 @@ class _Protocol(DirectProtocol):
     @property
     def closing(self) -> Headers:
         return self.served.closing
+
+    @property
+    def is_crowded(self) -> bool:
+        # A few that waited, while a version was loaded on a busy machine, cost no more to answer
+        # than to refuse, and nobody has to ask again.
+        return self.served.accepted > self.served.limits.waiting * CROWD
 
     def refuse_late(self) -> None:
         self.served.metrics.shed.inc()
