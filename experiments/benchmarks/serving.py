@@ -198,10 +198,18 @@ class Server:
         fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
-    def memory(self) -> float:
-        """Returns its resident memory in MiB."""
-        pages = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    def memory(self) -> tuple[float, float]:
+        """Returns its resident and its anonymous memory in MiB.
+
+        The second is what it has allocated: pages of mapped files come and go with other work.
+        """
+        text = Path(f"/proc/{self._process.pid}/status").read_text()
+        kinds = ("VmRSS", "RssAnon")
+        resident, anonymous = (
+            int(re.findall(rf"^{kind}:\s+(\d+) kB", text, re.MULTILINE)[0]) / 1_024
+            for kind in kinds
+        )
+        return resident, anonymous
 
     def close(self) -> None:
         """Ends the process."""
@@ -303,9 +311,9 @@ def watch_memory(server: Server, file: Path, requests: int) -> None:
     while marks:
         if answered >= marks[0]:
             mark = marks.pop(0)
-            print(
-                f"{answered:>10,} requests (from {mark:,}): {server.memory():.1f} MiB", flush=True
-            )
+            resident, anonymous = server.memory()
+            shown = f"{resident:.1f} MiB, {anonymous:.1f} of them anonymous"
+            print(f"{answered:>10,} requests (from {mark:,}): {shown}", flush=True)
             continue
         load = ask(server, file, connections=CONNECTIONS, seconds=10, first=part % BODIES)
         # Another first body and other new users each time.
@@ -343,7 +351,8 @@ def ask(server: Server, bodies: Path, *, connections: int, seconds: int, first: 
     (counted,) = re.findall(r"counted (.*)", printed)
     ok, shed, other, duration, slowest = map(float, counted.split())
     requests = ok + shed + other
-    return Load(int(ok), int(shed), int(other), duration, slowest, 1e6 * spent / requests)
+    microseconds = 1e6 * spent / max(requests, 1)
+    return Load(int(ok), int(shed), int(other), duration, slowest, microseconds)
 
 
 def ask_steadily(server: Server, body: str, *, seconds: int) -> float:
