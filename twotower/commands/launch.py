@@ -92,8 +92,8 @@ def run(command: Command) -> None:
 def _leave_garbage() -> None:
     """Keeps the interpreter from looking for garbage as it ends.
 
-    It would walk all objects three times and free them one by one, a seventh of the time of a short
-    command, just before the system takes their memory back.
+    It would walk over all objects several times, a seventh of the time of a short command, just
+    before the system takes their memory back.
     """
     gc.disable()
     gc.freeze()
