@@ -100,7 +100,8 @@ class Scatter:
             rows: int32 [N, width].
         """
         # By buckets first: single rows all over a disk would be a seek each.
-        bucket = (positions // _BUCKET).astype(np.int32)
+        # Small numbers, which are sorted by counting.
+        bucket = (positions // _BUCKET).astype(np.uint16)
         order = np.argsort(bucket, kind="stable")
         records = np.empty((len(rows), 1 + self._width), np.int32)
         records[:, 0] = positions[order] % _BUCKET

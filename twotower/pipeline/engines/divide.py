@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +41,9 @@ from twotower.pipeline.engines.log import Log
 KINDS = ("time", "leave_last_out", "random", "none")
 # Part of the rows that the audit drops.
 _NO_PART = -1
-# Ranges of time that rows are counted by, to find the moment at which a share of them begins.
-_RANGES = 2**20
+# Ranges of time, as a power of two, that rows are counted by to find the moment at which a share of
+# them begins.
+_RANGE_BITS = 16
 
 
 def split_log(database: Database, log: Log, config: SplitConfig) -> Log:
@@ -255,32 +257,49 @@ def _part_by_time(database: Database, column: str, config: SplitConfig) -> str:
     """Returns the number of the part of a row as SQL; see `twotower.data.split.split_by_time`."""
     total = database.value("SELECT count(*) FROM log")
     held_out, test = held_out_counts(total, config)
-    cases = ""
     # The first that fits is taken: test rows are after those of validation.
-    for count, part in ((test, 2), (held_out, 1)):
-        if count:
-            cases += f"WHEN {column} >= {_begin_of_last(database, column, count)} THEN {part} "
-    return f"CASE {cases} ELSE 0 END" if cases else "0"
+    parts = [(count, part) for count, part in ((test, TEST), (held_out, VALIDATION)) if count]
+    if not parts:
+        return str(TRAIN)
+    begins = _begins_of_last(database, column, total, [count for count, _ in parts])
+    cases = ""
+    for begin, (_, part) in zip(begins, parts, strict=True):
+        cases += f"WHEN {column} >= {begin} THEN {part} "
+    return f"CASE {cases} ELSE {TRAIN} END"
 
 
-def _begin_of_last(database: Database, column: str, count: int) -> int:
-    """Returns the time of the `count`-th row from the end.
+def _begins_of_last(
+    database: Database, column: str, total: int, counts: Sequence[int]
+) -> list[int]:
+    """Returns for each of some counts the time of the row that is so many from the end.
 
     Rows are counted by ranges of time first and then by the times of one range: neither is as many
     as the rows are.
     """
-    low, high = (x[0] for x in database.columns(f"SELECT min({column}), max({column}) FROM log"))
-    width = (int(high) - int(low)) // _RANGES + 1
-    # Wider than any true log is: accepted times may lie 2^64 seconds apart.
-    number = f"(({column}::HUGEINT - {low}) // {width})::BIGINT"
-    ranges, rows = database.columns(
-        f"SELECT {number} AS r, count(*) FROM log GROUP BY r ORDER BY r DESC"
+    low, high = (
+        int(x[0]) for x in database.columns(f"SELECT min({column}), max({column}) FROM log")
     )
-    # The range in which the row lies; those after it are counted already.
-    place = int(np.searchsorted(np.cumsum(rows), count))
-    before = int(rows[:place].sum())
-    times, rows = database.columns(
-        f"SELECT {column} AS t, count(*) FROM log WHERE {number} = {ranges[place]} "
-        "GROUP BY t ORDER BY t DESC"
-    )
-    return int(times[np.searchsorted(np.cumsum(rows), count - before)])
+    # A power of two, since to divide by it is to shift.
+    bits = max((high - low).bit_length() - _RANGE_BITS, 0)
+    rows_of_range = np.zeros(2**_RANGE_BITS, np.int64)
+    for block in database.blocks(f"SELECT {column} FROM log", total, "counting times"):
+        # Wider than any true log is: accepted times may lie 2^64 seconds apart, which wrap around.
+        since = block.column(0).to_numpy().view(np.uint64) - np.uint64(low % 2**64)
+        rows_of_range += np.bincount(
+            (since >> np.uint64(bits)).view(np.int64), minlength=2**_RANGE_BITS
+        )
+    # From the last range on.
+    running = np.cumsum(rows_of_range[::-1])
+    begins = []
+    for count in counts:
+        place = int(np.searchsorted(running, count))
+        number = 2**_RANGE_BITS - 1 - place
+        before = int(running[place] - rows_of_range[number])
+        first = low + (number << bits)
+        last = min(low + ((number + 1) << bits) - 1, high)
+        times, rows = database.columns(
+            f"SELECT {column} AS t, count(*) FROM log WHERE {column} BETWEEN {first} AND {last} "
+            "GROUP BY t ORDER BY t DESC"
+        )
+        begins.append(int(times[np.searchsorted(np.cumsum(rows), count - before)]))
+    return begins

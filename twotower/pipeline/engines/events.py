@@ -18,6 +18,7 @@ from twotower.pipeline.engines.arrays import ArrayFile, Scatter
 from twotower.pipeline.histories import EVENTS_READ_BY, KNOWN_PARTS, keeps_times
 
 LEVELS = ("train", "test", "now")
+_PART_NUMBERS = np.arange(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,22 +82,21 @@ def write_histories(
     scatter = Scatter(scratch, int(ends[-1]), width)
     moments = _Moments()
     for block in blocks:
-        part = np.searchsorted(ends, block.joined, side="right")
+        part = (block.joined >= ends[0]).astype(np.int8) + (block.joined >= ends[1])
         begin = moments.begin(block)
-        # Of each row, the events that it may know of.
-        level_read = np.array(list(EVENTS_READ_BY.values()))[part]
         spans = np.zeros((len(part), width), np.int32)
         # A row is an event of several levels, and reads one of them.
         for name, level in levels.items():
-            is_known = np.isin(part, KNOWN_PARTS[name])
-            earlier, last_times = level.add(block, is_known, begin)
-            rows = np.flatnonzero(level_read == name)
+            is_known = np.isin(_PART_NUMBERS, KNOWN_PARTS[name])[part]
+            reads = np.array([read == name for read in EVENTS_READ_BY.values()])[part]
+            rows = np.flatnonzero(reads)
+            earlier, last_times = level.add(block, is_known, begin, rows)
             first = level.offsets[block.user[rows]]
-            end = level.offsets[0] + earlier[rows]
+            end = level.offsets[0] + earlier
             spans[rows, 0] = np.maximum(first, end - feature.max_length)
             spans[rows, 1] = end
-            if feature.request_gap:
-                buckets = time_buckets(feature, block.time[rows] - last_times[rows])
+            if last_times is not None:
+                buckets = time_buckets(feature, block.time[rows] - last_times)
                 # An empty history has no last event, and bucket 0.
                 spans[rows, 2] = np.where(end > first, buckets, 0)
         scatter.add(block.joined, spans)
@@ -160,37 +160,50 @@ class _Level:
         self._open = (0, np.nan)
 
     def add(
-        self, block: EventBlock, is_known: np.ndarray, begin: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, block: EventBlock, is_known: np.ndarray, begin: np.ndarray, rows: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray | None]:
         """Writes the events of a block.
 
         Args:
             block: Rows.
             is_known: Rows that are events of this level, bool [N].
             begin: First row of each row's moment.
+            rows: Numbers of the rows that read this level, int [M].
 
         Returns:
-            For each row the events of all users before its moment, int64 [N], and the time of the
-            last of them, float64 [N].
+            For each of `rows` the events of all users before its moment, int64 [M], and the time of
+            the last of them, float64 [M]; None where no row reads it.
         """
-        time = block.time[is_known]
         place = self._start + self._count
-        self._order.append(block.joined[is_known])
+        # Whole columns where all rows are events: nothing is copied.
+        events = slice(None) if is_known.all() else np.flatnonzero(is_known)
+        time = block.time[events]
+        self._order.append(block.joined[events])
         for name, values in block.events.items():
-            self._events[name].write(place, values[is_known])
+            self._events[name].write(place, values[events])
         if self._times is not None:
             self._times.write(place, time)
             self._write_gaps(place, time)
-        before = np.cumsum(is_known) - is_known
-        # The last event of the block before stands in front, as the one before the first here.
-        times = np.append(self._last_time, time.astype(np.float64))
-        earlier = np.where(begin < 0, self._open[0], self._count + before[begin])
-        last_times = np.where(begin < 0, self._open[1], times[before[begin]])
+        # Running counts, of which the last row of the block is asked for as well.
+        before = np.cumsum(is_known, dtype=np.int32)
         # For rows of the next block that are of the moment in which this one ends.
-        self._open = (int(earlier[-1]), float(last_times[-1]))
+        asked = np.append(rows, len(is_known) - 1)
+        begin = begin[asked]
+        is_open = begin < 0
+        events_before = before[begin] - is_known[begin]
+        earlier = np.where(is_open, self._open[0], self._count + events_before)
+        last_times = None
+        if self._feature.request_gap:
+            # The last event of the block before stands in front, as the one before the first here.
+            times = np.append(self._last_time, time.astype(np.float64))
+            last_times = np.where(is_open, self._open[1], times[events_before])
+        self._open = (int(earlier[-1]), np.nan if last_times is None else float(last_times[-1]))
         self._count += len(time)
-        self._last_time = times[-1]
-        return earlier, last_times
+        if len(time):
+            self._last_time = float(time[-1])
+        if last_times is not None:
+            last_times = last_times[:-1]
+        return earlier[:-1], last_times
 
     def _write_gaps(self, place: int, time: np.ndarray) -> None:
         """Writes the times between each event and its neighbours, of which one may come later."""

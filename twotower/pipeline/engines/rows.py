@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,8 @@ from twotower.data.report import HeldOut
 from twotower.data.tables import time_cure, time_out_of_range
 from twotower.pipeline.describe import SAMPLE
 from twotower.pipeline.engines.database import Database
-from twotower.pipeline.engines.divide import part_sizes
 from twotower.pipeline.engines.log import Log
+from twotower.pipeline.engines.pairs import Pairs
 
 # More than any position: time and position of a row in one number.
 _POSITIONS = 2**44
@@ -186,32 +187,33 @@ class SqlNumbers:
         database: Rows of the log, divided.
         log: The log.
         config: Configuration of the run.
+        scratch: Folder for what lies on the disk meanwhile.
     """
 
-    def __init__(self, database: Database, log: Log, config: Config):
+    def __init__(self, database: Database, log: Log, config: Config, scratch: Path):
         self._database = database
         self._log = log
         self._config = config
-        self.part_rows: Sequence[int] = part_sizes(database)
         # With those that the audit has dropped since they were divided.
         self.num_rows = database.value("SELECT count(*) FROM log")
         self.columns: Sequence[str] = log.schema.names
+        self._pairs = Pairs(scratch / "pairs", self.num_rows)
         # [3, users] and [3, items], by code.
-        self.user_counts = self._counts("u", len(log.ids["user_id"]))
-        self.item_counts = self._counts("i", len(log.ids["item_id"]))
+        self.user_counts = np.zeros((3, len(log.ids["user_id"])), np.int64)
+        self.item_counts = np.zeros((3, len(log.ids["item_id"])), np.int64)
+        # Added up here, since a database takes three times as long to group by codes.
+        sql = "SELECT u, i, part FROM log WHERE part >= 0"
+        for block in database.blocks(sql, self.num_rows, "counting rows"):
+            user, item, part = (column.to_numpy() for column in block.columns)
+            np.add.at(self.user_counts, (part, user), 1)
+            np.add.at(self.item_counts, (part, item), 1)
+            self._pairs.add(user, item, part)
+        self.part_rows: Sequence[int] = self.user_counts.sum(axis=1).tolist()
         self.num_users = int(np.count_nonzero(self.user_counts.sum(axis=0)))
         self.num_items = int(np.count_nonzero(self.item_counts.sum(axis=0)))
         # By code: the row in the table of users and in the corpus, -1 outside of it.
         self.user_rows = np.zeros(0, np.int32)
         self.item_rows = np.zeros(0, np.int32)
-
-    def _counts(self, column: str, size: int) -> np.ndarray:
-        counts = np.zeros((3, size), np.int64)
-        part, code, rows = self._database.columns(
-            f"SELECT part, {column}, count(*) FROM log WHERE part >= 0 GROUP BY part, {column}"
-        )
-        counts[part, code] = rows
-        return counts
 
     def held_out(self, part: int) -> HeldOut | None:
         """See `LogNumbers`."""
@@ -234,25 +236,14 @@ class SqlNumbers:
 
     def _greatest_recall(self, part: int) -> float:
         """Returns the mean over users of the share of their items that the corpus has."""
-        outside = pa.table({"i": np.flatnonzero(self.item_rows < 0).astype(np.int32)})
-        # A table and not a list in the query: most items may be outside.
-        self._database.create("outside", outside)
-        users, answers, found = self._database.columns(
-            "SELECT u, count(*), count(*) FILTER (i NOT IN (FROM outside)) "
-            f"FROM (SELECT DISTINCT u, i FROM log WHERE part = {part}) GROUP BY u"
-        )
-        # It is made anew for the next part.
-        self._database.run("DROP TABLE outside")
+        users, answers, found = self._pairs.answers(part, self.item_rows >= 0).T
         # In the order of users: the last bits of a mean depend on it.
         order = np.argsort(self.user_rows[users])
         return float((found[order] / answers[order]).mean())
 
     def count_repeats(self) -> int:
         """See `LogNumbers`."""
-        pairs = self._database.value(
-            "SELECT count(*) FROM (SELECT DISTINCT u, i FROM log WHERE part >= 0)"
-        )
-        return sum(self.part_rows) - pairs
+        return sum(self.part_rows) - self._pairs.count()
 
     def time_range(self) -> tuple[int | None, int | None]:
         """See `LogNumbers`."""

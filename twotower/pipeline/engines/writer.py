@@ -166,7 +166,7 @@ def _write_log(
     database: Database, log: Log, config: Config, spec: FeatureSpec, folder: Path
 ) -> _Divided:
     """Checks and describes a divided log, and writes its tables."""
-    numbers = SqlNumbers(database, log, config)
+    numbers = SqlNumbers(database, log, config, folder / SCRATCH)
     log = _checked(log, numbers, config)
     dataset = log.dataset
     if not dataset.has_catalogue:
