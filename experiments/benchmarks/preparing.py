@@ -9,11 +9,12 @@
 The log is written in parts, in order of time: 25 rows a user on average, few users with many rows,
 few items with most of them. `my_log.py` prepares it: a split by time, the ids and histories of
 users, the ids of items. Each measurement is a process of its own, so that peaks are its own; the
-peer does with pandas what is needed for the same arrays. `duckdb` is the engine for logs larger
-than memory, which writes its folder as well, and so do `beam`, whose workers are threads of this
-process then, and `memory`: the content of their folders must be the same. `training` goes on to
-train the first tenth of an epoch, or --steps, validating five times, and says what memory either
-took.
+peer `pandas` does with pandas what is needed for the arrays of events, and nothing else;
+`pandas_folder` leaves what a prepared folder has: tables, arrays, a vocabulary, histories, counts
+and hashes. `memory`, `duckdb` and `beam`, whose workers are threads of this process then, are the
+engines, which write such a folder: the content of their folders must be the same. `training` goes
+on to train the first tenth of an epoch, or --steps, validating five times, and says what memory
+either took.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ IDS = flags.DEFINE_enum("ids", "digits", ["digits", "text", "long"], "Form of th
 WORKERS = flags.DEFINE_list(
     "workers",
     ["twotower", "duckdb", "pandas"],
-    "What prepares the log: twotower, memory, duckdb, beam, pandas; training trains a tenth of "
-    "an epoch.",
+    "What prepares the log: twotower, memory, duckdb, beam, pandas, pandas_folder; training trains "
+    "a tenth of an epoch.",
 )
 MEMORY = flags.DEFINE_string("memory", "4GB", "Memory of the engines duckdb and beam.")
 FILE = flags.DEFINE_string("file", "", "Log to prepare; by default one is written first.")
@@ -245,20 +246,30 @@ def _train(path: str) -> dict[str, float]:
     return figures
 
 
+def _read_with_pandas(path: str):
+    import pandas as pd
+
+    if KIND.value == "csv":
+        return pd.read_csv(path, dtype={"user_id": str, "item_id": str, "timestamp": "int64"})
+    return pd.read_parquet(path)
+
+
+def _parts_of(times: np.ndarray) -> np.ndarray:
+    """Returns the number of the part of each row, int8 [N], of a log of these times."""
+    test = np.quantile(times, 0.9)
+    validation = np.quantile(times, 0.85)
+    return (times >= validation).astype(np.int8) + (times >= test)
+
+
 def _prepare_with_pandas(path: str) -> dict[str, float]:
     import pandas as pd
 
     meter = _Meter()
-    if KIND.value == "csv":
-        log = pd.read_csv(path, dtype={"user_id": str, "item_id": str, "timestamp": "int64"})
-    else:
-        log = pd.read_parquet(path)
+    log = _read_with_pandas(path)
     user, _ = pd.factorize(log["user_id"])
     item, _ = pd.factorize(log["item_id"])
     times = log["timestamp"].to_numpy()
-    test = np.quantile(times, 0.9)
-    validation = np.quantile(times, 0.85)
-    part = (times >= validation).astype(np.int8) + (times >= test)
+    part = _parts_of(times)
     # Events by user and then in time, and the span of them before each row.
     order = np.lexsort((times, user))
     begin = np.append(0, np.cumsum(np.bincount(user)))[user]
@@ -272,12 +283,88 @@ def _prepare_with_pandas(path: str) -> dict[str, float]:
     return meter.figures(len(log))
 
 
+def _histories_of(
+    user: np.ndarray, times: np.ndarray, part: np.ndarray, events: np.ndarray, num_users: int
+) -> dict[str, np.ndarray]:
+    """Returns the events that training, test and serving know of, and the span of each row."""
+    arrays = {}
+    # The order of events, and how many of them come before the moment of each row.
+    order = np.lexsort((times, user))
+    is_new = np.append(True, (np.diff(user[order]) != 0) | (np.diff(times[order]) != 0))
+    moment = np.maximum.accumulate(np.where(is_new, np.arange(len(order)), 0))
+    start = 0
+    ordered_part = part[order]
+    # Training and validation rows know of training, test rows of both; the last is for serving.
+    for level, readers in enumerate(((0, 1), (2,), ())):
+        is_known = ordered_part <= level
+        arrays[f"events_{level}"] = events[order[is_known]]
+        arrays[f"order_{level}"] = order[is_known].astype(np.int32)
+        lengths = np.bincount(user[part <= level], minlength=num_users)
+        offsets = start + np.append(0, np.cumsum(lengths))
+        before = np.empty(len(order), np.int64)
+        before[order] = start + (np.cumsum(is_known) - is_known)[moment]
+        arrays[f"offsets_{level}"] = offsets
+        for number in readers:
+            rows = np.flatnonzero(part == number)
+            begin = np.maximum(offsets[user[rows]], before[rows] - 100)
+            spans = np.stack([begin, before[rows]], axis=1)
+            arrays[f"spans_{number}"] = spans.astype(np.int32)
+        start = int(offsets[-1])
+    return arrays
+
+
+def _prepare_folder_with_pandas(path: str) -> dict[str, float]:
+    """Leaves what a prepared folder has: tables, arrays, vocabulary, histories, counts, hashes."""
+    import pandas as pd
+
+    from twotower.core.files import digest
+
+    meter = _Meter()
+    log = _read_with_pandas(path)
+    user, users = pd.factorize(log["user_id"])
+    item, items = pd.factorize(log["item_id"])
+    times = log["timestamp"].to_numpy()
+    part = _parts_of(times)
+    count_of_item = np.bincount(item[part == 0], minlength=len(items))
+    # Items that training has are the corpus; the most frequent ones come first in the vocabulary.
+    corpus = np.flatnonzero(count_of_item)
+    row_of_item = np.full(len(items), -1, np.int32)
+    row_of_item[corpus] = np.arange(len(corpus))
+    frequent = np.lexsort((np.asarray(items[corpus], object), -count_of_item[corpus]))
+    row_in_table = np.zeros(len(items), np.int32)
+    row_in_table[corpus[frequent]] = 2 + np.arange(len(corpus))
+    pairs = np.sort(user * np.int64(len(items)) + item)
+    counts = {"repeats": int((pairs[1:] == pairs[:-1]).sum())}
+    arrays: dict[str, np.ndarray] = {"row_in_table": row_in_table}
+    arrays |= _histories_of(user, times, part, row_in_table[item], len(users))
+    with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+        for number in range(3):
+            rows = np.flatnonzero(part == number)
+            log.take(rows).reset_index(drop=True).to_feather(
+                f"{folder}/{number}.arrow", compression="uncompressed"
+            )
+            arrays[f"user_{number}"] = user[rows].astype(np.int32)
+            arrays[f"item_{number}"] = row_of_item[item[rows]]
+            arrays[f"weight_{number}"] = np.ones(len(rows), np.float32)
+            arrays[f"time_{number}"] = times[rows]
+            arrays[f"position_{number}"] = rows.astype(np.int32)
+            counts[f"outside_{number}"] = int((row_of_item[item[rows]] < 0).sum())
+        pd.DataFrame({"user_id": users}).to_feather(f"{folder}/users.arrow")
+        pd.DataFrame({"item_id": items[corpus]}).to_feather(f"{folder}/items.arrow")
+        for name, array in arrays.items():
+            np.save(f"{folder}/{name}.npy", array)
+        hashes = {file.name: digest(file) for file in Path(folder).iterdir()}
+    assert len(hashes) == len(arrays) + 5 and counts["repeats"]
+    return meter.figures(len(log))
+
+
 _WORKERS = {
     "twotower": _prepare,
     "memory": functools.partial(_prepare_folder, engine="memory"),
     "duckdb": functools.partial(_prepare_folder, engine="duckdb"),
     "beam": functools.partial(_prepare_folder, engine="beam"),
     "pandas": _prepare_with_pandas,
+    "pandas_folder": _prepare_folder_with_pandas,
     "training": _train,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -64,14 +64,30 @@ def check_labels(rows: pa.Table, train: pa.Table, columns: Mapping[str, str]) ->
         check_label_values(rows, column, field)
         # Training rows alone: a label that first occurs later cannot be learned.
         labels = read_labels(train, columns)[column]
-        for value in (0, 1):
-            if not (labels == value).any():
-                unlabelled = np.isnan(labels).sum()
-                raise ConfigError(
-                    f"{field}={column!r}: of {len(labels):,} training rows none has label {value} "
-                    f"({unlabelled:,} have none at all), so there is nothing to tell apart. Name "
-                    "another column, or let config.data.where keep such rows."
-                )
+        check_label_counts(
+            column, field, len(labels), [int((labels == value).sum()) for value in (0, 1)]
+        )
+
+
+def check_label_counts(column: str, field: str, total: int, counts: Sequence[int]) -> None:
+    """Refuses labels of training rows of which one is never there.
+
+    Args:
+        column: Column of the labels.
+        field: Field of the configuration that names it.
+        total: Number of training rows.
+        counts: Rows with label 0, and with label 1.
+
+    Raises:
+        ConfigError: No row has one of them.
+    """
+    for value, count in enumerate(counts):
+        if not count:
+            raise ConfigError(
+                f"{field}={column!r}: of {total:,} training rows none has label {value} "
+                f"({total - sum(counts):,} have none at all), so there is nothing to tell apart. "
+                "Name another column, or let config.data.where keep such rows."
+            )
 
 
 def read_labels(table: pa.Table, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -88,8 +104,15 @@ def read_labels(table: pa.Table, columns: Mapping[str, str]) -> dict[str, np.nda
     return labels
 
 
-def check_label_values(rows: pa.Table, column: str, field: str) -> None:
-    """Refuses a column that holds anything but labels, and names the first such row."""
+def check_label_values(rows: pa.Table, column: str, field: str, first: int = 0) -> None:
+    """Refuses a column that holds anything but labels, and names the first such row.
+
+    Args:
+        rows: Interactions that are kept, or some of them.
+        column: Column of the labels.
+        field: Field of the configuration that names it.
+        first: Number of rows that are kept before these.
+    """
     values = rows[column]
     if _is_numeric(values.type):
         numbers = values.cast(pa.float64())
@@ -102,9 +125,9 @@ def check_label_values(rows: pa.Table, column: str, field: str) -> None:
     # -1 where there is none.
     if row >= 0:
         raise ConfigError(
-            f"{field}={column!r}: {values[row].as_py()!r} in row {row + 1:,} of the interactions "
-            f"that are kept ({describe(rows, row)}) is no label. Labels are numbers 0 and 1, true "
-            "and false, or missing; leave other rows out by config.data.where."
+            f"{field}={column!r}: {values[row].as_py()!r} in row {first + row + 1:,} of the "
+            f"interactions that are kept ({describe(rows, row)}) is no label. Labels are numbers 0 "
+            "and 1, true and false, or missing; leave other rows out by config.data.where."
         )
 
 

@@ -374,7 +374,7 @@ def prepare(
     else:
         check_fitted(encoder.fitted_on, parts)
     labels = label_columns(config.objective)
-    _check_labels_are_hidden(encoder, labels)
+    check_labels_are_hidden(encoder, labels)
     event_weights = config.data.weight_by_event()
     # Users and items are encoded once: a batch looks them up by row.
     features = {
@@ -488,8 +488,13 @@ def _restrict_to_corpus(dataset: Dataset, train: pa.Table) -> Dataset:
     return dataclasses.replace(dataset, items=dataset.items.filter(is_trained), truth=truth)
 
 
-def _check_labels_are_hidden(encoder: Encoder, labels: Mapping[str, str]) -> None:
-    """Refuses a user feature that reads a label: the query would hold the answer."""
+def check_labels_are_hidden(encoder: Encoder, labels: Mapping[str, str]) -> None:
+    """Refuses a user feature that reads a label: the query would hold the answer.
+
+    Args:
+        encoder: Fitted encoder.
+        labels: Columns that are labels, and the fields of the configuration that name them.
+    """
     for name in encoder.context:
         for column in encoder.spec.user[name].columns_read:
             if column in labels:

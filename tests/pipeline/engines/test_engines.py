@@ -17,9 +17,9 @@ from twotower.config import from_dict
 from twotower.core.errors import ConfigError
 from twotower.data.sources import delimited, files
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.engines import arrays, database, events, writer
+from twotower.pipeline.engines import arrays, database, events, pairs, writer
 from twotower.pipeline.engines.engine import parse_memory, prepare_folder
-from twotower.pipeline.engines.kept import stages
+from twotower.pipeline.engines.kept import coding, stages
 from twotower.pipeline.engines.kept.rows import RowWriter
 
 extra("duckdb", "duckdb")
@@ -77,6 +77,48 @@ CASES = {
             "accept_leakage": ("random_split", "identical_rows"),
         },
     },
+    "the last moments of users, few of them repeated": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "data": {"duplicates": "first"},
+        "split": {
+            "kind": "leave_last_out",
+            "ties": "together",
+            "accept_leakage": ("future_rows",),
+        },
+    },
+    "ties drawn, labels, some of them missing": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "objective": {"label": "liked"},
+        "data": {"duplicates": "first"},
+        "split": {
+            "kind": "leave_last_out",
+            "ties": "drawn",
+            "accept_leakage": ("future_rows",),
+        },
+    },
+    "validation by time beside the last rows, which are drawn among ties": {
+        "features": {"user": ID, "item": ITEM},
+        "data": {"duplicates": "first"},
+        "split": {
+            "kind": "leave_last_out",
+            "ties": "drawn",
+            "validation_by": "time",
+            "accept_leakage": ("future_rows",),
+        },
+    },
+    "validation by last rows before a moment": {
+        "features": {"user": {"history": GAPS}, "item": ITEM},
+        "split": {"validation_by": "last", "ties": "drawn"},
+    },
+    "validation by users, two heads": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "objective": {
+            "label": "liked",
+            "heads": {"kept": {"label": "kept"}, "liked": {"label": "liked"}},
+        },
+        "evaluation": {"query": "interaction"},
+        "split": {"validation_by": "user"},
+    },
     "nothing held out, weights": {
         "features": {"user": {"history": HISTORY}, "item": ITEM},
         "data": {"interactions": {"columns": {"weight": "hour"}}},
@@ -93,16 +135,20 @@ def place(tmp_path_factory):
     rng = np.random.default_rng(0)
     header = "time,user_id,item_id,event,hour"
     lines = []
+    labels = ["1", "0", ""]
     for _ in range(700):
         user, item, time = rng.integers(0, (40, 50, 150))
         event = rng.choice(["view", "buy", "cart", ""])
         name = rng.choice([f"{user}", f"{user}.0"])
-        lines.append(f"{1_600_000_000 + 600 * time},{name},i\u00e9-{item},{event},{time % 24}")
-    lines[5] = ",".join(["1600000000", "", "i1", "view", "3"])
-    lines[9] = ",".join(["1600000000", "7", "", "view", "3"])
+        columns = [1_600_000_000 + 600 * time, name, f"i\u00e9-{item}", event, time % 24]
+        columns += [labels[(user + item) % 3], labels[item % 2]]
+        lines.append(",".join(map(str, columns)))
+    lines[5] = ",".join(["1600000000", "", "i1", "view", "3", "", "1"])
+    lines[9] = ",".join(["1600000000", "7", "", "view", "3", "", "1"])
     lines[300] = "too,few"
     for name, part in (("a", lines[:400]), ("b", lines[400:])):
-        (place / f"{name}.log.csv").write_text("\n".join([header, *part]) + "\n")
+        text = "\n".join([f"{header},liked,kept", *part])
+        (place / f"{name}.log.csv").write_text(f"{text}\n")
     rows = []
     for pair in range(625):
         time = 1_600_000_000 + 60 * (pair % 5)
@@ -123,6 +169,8 @@ def in_pieces(monkeypatch):
     monkeypatch.setattr(delimited, "PIECE", 4000)
     monkeypatch.setattr(database, "BLOCK", 64)
     monkeypatch.setattr(writer, "BLOCK", 64)
+    monkeypatch.setattr(coding, "_WAITING", 30)
+    monkeypatch.setattr(pairs, "_BUCKET", 100)
     monkeypatch.setattr(arrays, "_BUCKET", 100)
     monkeypatch.setattr(data_folder, "_BATCH", 150)
 
@@ -297,10 +345,28 @@ def test_training_rows_without_any_weight_are_refused(tmp_path, engine):
         prepare_folder(config, tmp_path / engine, engine=engine)
 
 
+@pytest.mark.parametrize("engine", ["memory", "duckdb"])
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [("", "none has label 0 .50 have none at all"), ("2", "2.* in row 2 of .* is no label")],
+)
+def test_labels_that_teach_nothing_are_refused(tmp_path, engine, label, words):
+    values = ["1", label] * 50
+    lines = [f"{1_600_000_000 + n},u{n % 3},i{n % 4},{value}" for n, value in enumerate(values)]
+    (tmp_path / "a.log.csv").write_text("\n".join(["time,user_id,item_id,liked", *lines]) + "\n")
+    labels = {
+        "objective": {"label": "liked"},
+        "split": {"kind": "none", "validation": 0, "test": 0},
+    }
+    config = config_of(tmp_path, CASES["ids alone"] | labels)
+    with pytest.raises(ConfigError, match=words):
+        prepare_folder(config, tmp_path / engine, engine=engine)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"objective": {"label": "liked"}}, "config.objective.label='liked'"),
+        ({"data": {"item_group": "title"}}, "config.data.item_group='title'"),
         ({"split": {"kind": "fixed"}}, "config.split.kind='fixed'"),
         ({"data": {"where": (("user_id", "!=", "7"),)}}, "config.data.where="),
         ({"data": {"source": "shop"}}, "config.data.source='shop'"),

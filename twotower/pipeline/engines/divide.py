@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +39,8 @@ from twotower.pipeline.engines.log import Log
 
 # Kinds of split that rows in a database have.
 KINDS = ("time", "leave_last_out", "random", "none")
+# Those whose part is computed from a row alone.
+_COMPUTED = ("time", "none")
 # Part of the rows that the audit drops.
 _NO_PART = -1
 # Ranges of time, as a power of two, that rows are counted by to find the moment at which a share of
@@ -61,20 +63,13 @@ def split_log(database: Database, log: Log, config: SplitConfig) -> Log:
         ConfigError: A part that has a share would be empty, or train too small.
         LeakageError: The split leaks.
     """
-    if config.kind == "leave_last_out":
-        _hold_out(database, *_last_rows(database, log, config))
-    elif config.kind == "random":
-        _hold_out(database, *_drawn_rows(database, config))
-    else:
-        part = str(TRAIN)
-        if config.kind == "time":
-            part = _part_by_time(database, log.columns["timestamp"], config)
-        # The part is computed whenever it is read: no row is written again for it.
-        database.run(
-            "ALTER TABLE log RENAME TO undivided; "
-            f"CREATE VIEW log AS SELECT *, ({part})::TINYINT AS part FROM undivided"
-        )
-    return check_split(database, log, config)
+    is_apart = config.validation_by != "kind" and config.validation > 0
+    # Without validation rows of its own, so that all that is not the test is training at first.
+    first = dataclasses.replace(config, validation=0.0) if is_apart else config
+    _divide(database, log, first)
+    if is_apart:
+        _take_validation(database, log, config)
+    return _check_parts(database, log, config)
 
 
 def check_split(database: Database, log: Log, config: SplitConfig) -> Log:
@@ -92,18 +87,86 @@ def check_split(database: Database, log: Log, config: SplitConfig) -> Log:
         ConfigError: A part that has a share is empty, or train too small.
         LeakageError: The split leaks.
     """
+    if config.kind == "time":
+        _check_times(database, log, config)
+    return _check_parts(database, log, config)
+
+
+def _check_parts(database: Database, log: Log, config: SplitConfig) -> Log:
+    sizes = part_sizes(database)
+    check_parts(sizes, config)
+    return _audited(database, log, config, sizes)
+
+
+def _divide(database: Database, log: Log, config: SplitConfig) -> None:
+    """Gives the rows of a log their part by the kind of the split.
+
+    Raises:
+        ConfigError: Times leave too few training rows.
+    """
+    if config.kind == "leave_last_out":
+        _hold_out(database, *_last_rows(database, log, config))
+        return
+    if config.kind == "random":
+        _hold_out(database, *_drawn_rows(database, config))
+        return
+    part = str(TRAIN)
+    if config.kind == "time":
+        part = _part_by_time(database, log.columns["timestamp"], config)
+    # The part is computed whenever it is read: no row is written again for it.
+    database.run(
+        "ALTER TABLE log RENAME TO undivided; "
+        f"CREATE VIEW log AS SELECT *, ({part})::TINYINT AS part FROM undivided"
+    )
+    if config.kind == "time":
+        _check_times(database, log, config)
+
+
+def _check_times(database: Database, log: Log, config: SplitConfig) -> None:
+    """Refuses times that leave too few training rows."""
     sizes = part_sizes(database)
     total = sum(sizes)
     # Before parts without rows are told: rows of one second are the cause of both.
-    if config.kind == "time" and not is_enough(sizes[TRAIN] / total, config):
+    if is_enough(sizes[TRAIN] / total, config):
+        return
+    column = log.columns["timestamp"]
+    (times, counts) = database.columns(
+        f"SELECT {column} AS t, count(*) AS n FROM log GROUP BY t ORDER BY n DESC, t LIMIT 1"
+    )
+    cure = "use --engine=memory, which names a kind of split that suits them"
+    raise undivided(config, total, int(counts[0]), int(times[0]), cure)
+
+
+def _take_validation(database: Database, log: Log, config: SplitConfig) -> None:
+    """Makes some training rows validation rows; see `twotower.data.split.VALIDATION_BY`."""
+    training = f"part = {TRAIN}"
+    total = part_sizes(database)[TRAIN]
+    share = config.validation
+    if config.validation_by == "time":
         column = log.columns["timestamp"]
-        (times, counts) = database.columns(
-            f"SELECT {column} AS t, count(*) AS n FROM log GROUP BY t ORDER BY n DESC, t LIMIT 1"
-        )
-        cure = "use --engine=memory, which names a kind of split that suits them"
-        raise undivided(config, total, int(counts[0]), int(times[0]), cure)
-    check_parts(sizes, config)
-    return _audited(database, log, config)
+        # At least one: a share above 0 asks for some.
+        (begin,) = _begins_of_last(database, column, [max(1, round(total * share))], training)
+        chosen = f"{column} >= {begin}"
+    elif config.validation_by == "user":
+        (users,) = database.columns(f"SELECT DISTINCT u FROM log WHERE {training} ORDER BY u")
+        count = max(1, round(len(users) * share))
+        drawn = np.random.default_rng(config.seed).permutation(users)[:count]
+        database.create("chosen", pa.table({"u": drawn}))
+        chosen = "u IN (FROM chosen)"
+    else:
+        positions = []
+        for position, later, rows_of_user in _rows_from_the_end(database, log, config, training):
+            is_last = (later < config.held_out) & (rows_of_user > 2 * config.held_out)
+            positions.append(position[is_last])
+        database.create("chosen", pa.table({"position": np.concatenate(positions)}))
+        chosen = "position IN (FROM chosen)"
+    kind = "VIEW" if config.kind in _COMPUTED else "TABLE"
+    database.run(
+        "CREATE TABLE divided AS SELECT * REPLACE ("
+        f"(CASE WHEN {training} AND {chosen} THEN {VALIDATION} ELSE part END)::TINYINT AS part) "
+        f"FROM log; DROP {kind} log; ALTER TABLE divided RENAME TO log; "
+        "DROP TABLE IF EXISTS chosen; DROP TABLE IF EXISTS undivided"
+    )
 
 
 def _hold_out(database: Database, position: np.ndarray, part: np.ndarray) -> None:
@@ -118,23 +181,61 @@ def _hold_out(database: Database, position: np.ndarray, part: np.ndarray) -> Non
 
 def _last_rows(database: Database, log: Log, config: SplitConfig) -> tuple[np.ndarray, np.ndarray]:
     """Returns position and part of the last rows of each user."""
-    users, counts = database.columns("SELECT u, count(*) FROM log GROUP BY u")
-    rows_of_user = np.zeros(len(log.ids["user_id"]), np.int64)
-    rows_of_user[users] = counts
-    ends = np.cumsum(rows_of_user)
-    first = 0
     positions = []
     parts = []
-    sql = f"SELECT u, position FROM log ORDER BY u, {log.columns['timestamp']}, position"
-    for block in database.blocks(sql, int(ends[-1]), "last rows of users"):
-        user, position = (column.to_numpy() for column in block.columns)
-        # By user and time, the number of a row says how many the user has after it.
-        later = ends[user] - 1 - (first + np.arange(len(user)))
-        part = parts_by_later_rows(later, rows_of_user[user], config)
+    for position, later, rows_of_user in _rows_from_the_end(database, log, config, "true"):
+        part = parts_by_later_rows(later, rows_of_user, config)
         positions.append(position[part != TRAIN])
         parts.append(part[part != TRAIN])
-        first += len(user)
     return np.concatenate(positions), np.concatenate(parts)
+
+
+def _rows_from_the_end(
+    database: Database, log: Log, config: SplitConfig, condition: str
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yields blocks of rows: the position of each, the rows of its user that are later, and all
+    rows of its user; of moments in the place of rows where ties stay together.
+
+    Args:
+        database: Rows of the log.
+        log: The log.
+        config: Meaning of ties.
+        condition: Rows that are counted, as SQL.
+    """
+    rows = f"(SELECT u, {log.columns['timestamp']} AS t, position FROM log WHERE {condition})"
+    is_together = config.ties == "together"
+    counted = f"(SELECT DISTINCT u, t FROM {rows})" if is_together else rows
+    users, counts = database.columns(f"SELECT u, count(*) FROM {counted} GROUP BY u")
+    count_of_user = np.zeros(len(log.ids["user_id"]), np.int64)
+    count_of_user[users] = counts
+    ends = np.cumsum(count_of_user)
+    total = database.value(f"SELECT count(*) FROM {rows}")
+    order = f"SELECT u, t, position FROM {rows} ORDER BY u, t, position"
+    if config.ties == "drawn":
+        _draw(database, config, rows, total)
+        order = f"SELECT u, t, position FROM {rows} JOIN draws USING (position) ORDER BY u, t, draw"
+    last = (-1, 0)
+    first = 0
+    for block in database.blocks(order, total, "last rows of users"):
+        user, time, position = (column.to_numpy() for column in block.columns)
+        number = np.arange(first, first + len(user))
+        if is_together:
+            is_same = np.append(last[0], user[:-1]) == user
+            is_same &= np.append(last[1], time[:-1]) == time
+            number = first - 1 + np.cumsum(~is_same)
+            last = (int(user[-1]), int(time[-1]))
+        # By user and time, the number of a row says how many the user has after it.
+        yield position, ends[user] - 1 - number, count_of_user[user]
+        first = int(number[-1]) + 1
+    database.run("DROP TABLE IF EXISTS draws")
+
+
+def _draw(database: Database, config: SplitConfig, rows: str, total: int) -> None:
+    """Makes the table `draws` of a number for each row, as a log in memory draws it."""
+    # As many numbers as rows, of which the draw itself is one more.
+    (positions,) = database.columns(f"SELECT position FROM {rows} ORDER BY position")
+    draws = np.random.default_rng(config.seed).permutation(total)
+    database.create("draws", pa.table({"position": positions, "draw": draws}))
 
 
 def _drawn_rows(database: Database, config: SplitConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -151,12 +252,12 @@ def _drawn_rows(database: Database, config: SplitConfig) -> tuple[np.ndarray, np
     return np.concatenate(positions), part[part != TRAIN]
 
 
-def _audited(database: Database, log: Log, config: SplitConfig) -> Log:
+def _audited(database: Database, log: Log, config: SplitConfig, sizes: Sequence[int]) -> Log:
     """Looks for what the audit of a log in memory looks for; see `twotower.data.audit`."""
     for name in config.accept_leakage:
         choose(FINDINGS, name, "config.split.accept_leakage")
     # Cut at a moment, parts differ in their times.
-    if config.kind in ("time", "none"):
+    if config.kind == "time" or not sum(sizes[VALIDATION:]):
         return log
     held_out = _rows(database, log, f"part > {TRAIN}")
     parts = held_out.column("part").to_numpy()
@@ -261,7 +362,7 @@ def _part_by_time(database: Database, column: str, config: SplitConfig) -> str:
     parts = [(count, part) for count, part in ((test, TEST), (held_out, VALIDATION)) if count]
     if not parts:
         return str(TRAIN)
-    begins = _begins_of_last(database, column, total, [count for count, _ in parts])
+    begins = _begins_of_last(database, column, [count for count, _ in parts])
     cases = ""
     for begin, (_, part) in zip(begins, parts, strict=True):
         cases += f"WHEN {column} >= {begin} THEN {part} "
@@ -269,20 +370,28 @@ def _part_by_time(database: Database, column: str, config: SplitConfig) -> str:
 
 
 def _begins_of_last(
-    database: Database, column: str, total: int, counts: Sequence[int]
+    database: Database, column: str, counts: Sequence[int], condition: str = "true"
 ) -> list[int]:
     """Returns for each of some counts the time of the row that is so many from the end.
 
     Rows are counted by ranges of time first and then by the times of one range: neither is as many
     as the rows are.
+
+    Args:
+        database: Rows of the log.
+        column: Column of the times.
+        counts: Numbers of rows.
+        condition: Rows that are counted, as SQL.
     """
-    low, high = (
-        int(x[0]) for x in database.columns(f"SELECT min({column}), max({column}) FROM log")
+    source = f"FROM log WHERE {condition}"
+    total, low, high = (
+        int(value[0])
+        for value in database.columns(f"SELECT count(*), min({column}), max({column}) {source}")
     )
     # A power of two, since to divide by it is to shift.
     bits = max((high - low).bit_length() - _RANGE_BITS, 0)
     rows_of_range = np.zeros(2**_RANGE_BITS, np.int64)
-    for block in database.blocks(f"SELECT {column} FROM log", total, "counting times"):
+    for block in database.blocks(f"SELECT {column} {source}", total, "counting times"):
         # Wider than any true log is: accepted times may lie 2^64 seconds apart, which wrap around.
         since = block.column(0).to_numpy().view(np.uint64) - np.uint64(low % 2**64)
         rows_of_range += np.bincount(
@@ -298,7 +407,7 @@ def _begins_of_last(
         first = low + (number << bits)
         last = min(low + ((number + 1) << bits) - 1, high)
         times, rows = database.columns(
-            f"SELECT {column} AS t, count(*) FROM log WHERE {column} BETWEEN {first} AND {last} "
+            f"SELECT {column} AS t, count(*) {source} AND {column} BETWEEN {first} AND {last} "
             "GROUP BY t ORDER BY t DESC"
         )
         begins.append(int(times[np.searchsorted(np.cumsum(rows), count - before)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +12,19 @@ import pyarrow as pa
 
 from twotower.config import Config, DataConfig
 from twotower.core.arrow import pc
+from twotower.core.fields import check_fields
 from twotower.core.times import DAY, EARLIEST, format_time
 from twotower.data.dataset import Dropped
 from twotower.data.filters import describe_absent_values, no_rows_left
 from twotower.data.interactions import missing_times
 from twotower.data.report import HeldOut
+from twotower.data.split import TRAIN
 from twotower.data.tables import time_cure, time_out_of_range
 from twotower.pipeline.describe import SAMPLE
 from twotower.pipeline.engines.database import Database
 from twotower.pipeline.engines.log import Log
 from twotower.pipeline.engines.pairs import Pairs
+from twotower.pipeline.labels import check_label_counts, check_label_values, read_labels
 
 # More than any position: time and position of a row in one number.
 _POSITIONS = 2**44
@@ -180,6 +183,57 @@ def _check_time_range(database: Database, log: Log, accept: Sequence[str]) -> No
         raise time_out_of_range(finding, share, example, accept, now=now, cure=cure)
 
 
+def check_log_labels(database: Database, log: Log, columns: Mapping[str, str]) -> None:
+    """Refuses labels that nothing can be learned from; see `twotower.pipeline.labels.check_labels`.
+
+    Args:
+        database: Rows of the log, divided.
+        log: The log.
+        columns: Columns that are labels, and the fields of the configuration that name them.
+
+    Raises:
+        ConfigError: A column does not exist, holds something else, or one label alone.
+    """
+    total = database.value("SELECT count(*) FROM log")
+    for column, field in columns.items():
+        table = f"{field}={column!r}: the interactions table"
+        check_fields({column: field}, log.schema.names, table)
+        names = ["u", "i", *log.columns.values()]
+        sql = f"SELECT {', '.join(names)}, part FROM log ORDER BY position"
+        first = 0
+        rows_of_label = np.zeros(3, np.int64)
+        for block in database.blocks(sql, total, f"labels {column}"):
+            rows = log.rows(block.drop_columns(["part"]))
+            check_label_values(rows, column, field, first)
+            first += len(block)
+            labels = read_labels(rows, {column: field})[column]
+            labels = labels[block["part"].to_numpy() == TRAIN]
+            # Missing ones come last.
+            rows_of_label += np.bincount(np.nan_to_num(labels, nan=2).astype(int), minlength=3)
+        check_label_counts(column, field, int(rows_of_label.sum()), rows_of_label[:2].tolist())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Answers:
+    """Rows that are counted by part and code.
+
+    Attributes:
+        users: Rows of each user, int64 [3, users].
+        items: Rows of each item, int64 [3, items].
+        pairs: Their users and items.
+    """
+
+    users: np.ndarray
+    items: np.ndarray
+    pairs: Pairs
+
+    def add(self, user: np.ndarray, item: np.ndarray, part: np.ndarray) -> None:
+        """Counts rows, of which each argument has the codes or parts, int [N]."""
+        np.add.at(self.users, (part, user), 1)
+        np.add.at(self.items, (part, item), 1)
+        self.pairs.add(user, item, part)
+
+
 class SqlNumbers:
     """The counts of a log in a database; see `twotower.pipeline.describe.LogNumbers`.
 
@@ -201,13 +255,24 @@ class SqlNumbers:
         # [3, users] and [3, items], by code.
         self.user_counts = np.zeros((3, len(log.ids["user_id"])), np.int64)
         self.item_counts = np.zeros((3, len(log.ids["item_id"])), np.int64)
+        every = _Answers(self.user_counts, self.item_counts, self._pairs)
+        # Of the rows that are answers: all, or those with label 1.
+        self._answers = every
+        label = config.objective.label
+        if label:
+            self._answers = _Answers(
+                np.zeros_like(self.user_counts),
+                np.zeros_like(self.item_counts),
+                Pairs(scratch / "answers", self.num_rows),
+            )
         # Added up here, since a database takes three times as long to group by codes.
-        sql = "SELECT u, i, part FROM log WHERE part >= 0"
+        sql = f"SELECT u, i, part, {log.columns.get(label, 1)} AS label FROM log WHERE part >= 0"
         for block in database.blocks(sql, self.num_rows, "counting rows"):
-            user, item, part = (column.to_numpy() for column in block.columns)
-            np.add.at(self.user_counts, (part, user), 1)
-            np.add.at(self.item_counts, (part, item), 1)
-            self._pairs.add(user, item, part)
+            user, item, part = (column.to_numpy() for column in block.columns[:3])
+            every.add(user, item, part)
+            if label:
+                rows = np.flatnonzero(read_labels(block, {"label": ""})["label"] == 1)
+                self._answers.add(user[rows], item[rows], part[rows])
         self.part_rows: Sequence[int] = self.user_counts.sum(axis=1).tolist()
         self.num_users = int(np.count_nonzero(self.user_counts.sum(axis=0)))
         self.num_items = int(np.count_nonzero(self.item_counts.sum(axis=0)))
@@ -217,10 +282,11 @@ class SqlNumbers:
 
     def held_out(self, part: int) -> HeldOut | None:
         """See `LogNumbers`."""
-        rows = self.part_rows[part]
+        answers = self._answers
+        of_items = answers.items[part]
+        rows = int(of_items.sum())
         if not rows:
             return None
-        of_items = self.item_counts[part]
         outside = int(of_items[self.item_rows < 0].sum())
         # Where each row is a query, the share of answers in the corpus.
         recall = (rows - outside) / rows
@@ -230,13 +296,13 @@ class SqlNumbers:
             rows=rows,
             outside_corpus=outside,
             new_items=int(of_items[self.item_counts[0] == 0].sum()),
-            new_users=int(self.user_counts[part][self.user_counts[0] == 0].sum()),
+            new_users=int(answers.users[part][self.user_counts[0] == 0].sum()),
             greatest_recall=recall,
         )
 
     def _greatest_recall(self, part: int) -> float:
         """Returns the mean over users of the share of their items that the corpus has."""
-        users, answers, found = self._pairs.answers(part, self.item_rows >= 0).T
+        users, answers, found = self._answers.pairs.answers(part, self.item_rows >= 0).T
         # In the order of users: the last bits of a mean depend on it.
         order = np.argsort(self.user_rows[users])
         return float((found[order] / answers[order]).mean())

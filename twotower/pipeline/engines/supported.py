@@ -16,6 +16,8 @@ _TEXT = ("csv", "tsv", "text", "file")
 # Sources and kinds of split of an engine, where these are not those of files and of a database.
 _SOURCES = {"bigquery": ("bigquery", "bq", "sql")}
 _SPLITS = {"bigquery": script.KINDS}
+# Engines that read labels, and divide rows in all ways of these kinds.
+_COMPLETE = ("duckdb",)
 
 
 def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
@@ -46,12 +48,15 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
         # Padded rows are read once more, when the others are known.
         "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
         f"split.kind={config.split.kind!r}": config.split.kind not in kinds,
-        f"split.ties={config.split.ties!r}": config.split.kind == "leave_last_out"
-        and config.split.ties != "file",
-        f"split.validation_by={config.split.validation_by!r}": config.split.validation_by != "kind",
     }
-    for column, field in label_columns(config.objective).items():
-        undone[f"{field.removeprefix('config.')}={column!r}"] = True
+    if engine not in _COMPLETE:
+        ties = config.split.ties
+        validation_by = config.split.validation_by
+        by_moments = config.split.kind == "leave_last_out" and ties != "file"
+        undone[f"split.ties={ties!r}"] = by_moments
+        undone[f"split.validation_by={validation_by!r}"] = validation_by != "kind"
+        for column, field in label_columns(config.objective).items():
+            undone[f"{field.removeprefix('config.')}={column!r}"] = True
     for condition in data.where:
         if condition and condition[0] in ("user_id", "item_id"):
             undone[f"data.where={condition!r}"] = True

@@ -42,9 +42,10 @@ from twotower.pipeline.engines.events import (
 )
 from twotower.pipeline.engines.kept.stages import SCRATCH, Stages
 from twotower.pipeline.engines.log import Log
-from twotower.pipeline.engines.rows import SqlNumbers
+from twotower.pipeline.engines.rows import SqlNumbers, check_log_labels
 from twotower.pipeline.event_weights import check_any_weight, check_event_weights, check_kinds
-from twotower.pipeline.prepare import columns_of_users, encode_rows
+from twotower.pipeline.labels import label_columns
+from twotower.pipeline.prepare import check_labels_are_hidden, columns_of_users, encode_rows
 
 
 def write_folder(
@@ -168,6 +169,7 @@ def _write_log(
     """Checks and describes a divided log, and writes its tables."""
     numbers = SqlNumbers(database, log, config, folder / SCRATCH)
     log = _checked(log, numbers, config)
+    check_log_labels(database, log, label_columns(config.objective))
     dataset = log.dataset
     if not dataset.has_catalogue:
         # Training rows alone: an item that test rows bring could not have been recommended.
@@ -278,6 +280,7 @@ def _encode(
         stages.finish("encoder", [folder / "encoder"], {})
     else:
         encoder = Encoder.load(folder / "encoder")
+    check_labels_are_hidden(encoder, label_columns(config.objective))
     # Of its columns and types alone: arrays are described before a row is encoded.
     empty = train.slice(0, 0)
     # Before the database takes its share of the memory.
@@ -377,7 +380,8 @@ def _array_shapes(
     """Returns type and shape of all arrays, in the order in which a folder has them."""
     nobody = np.zeros(0, np.int32)
     event_weights = config.data.weight_by_event()
-    rows = encode_rows(empty, nobody, nobody, encoder, {}, event_weights)
+    labels = label_columns(config.objective)
+    rows = encode_rows(empty, nobody, nobody, encoder, labels, event_weights)
     # Of no row it cannot be told whether rows have times; these have.
     rows = dataclasses.replace(rows, timestamp=np.zeros(0, np.int64))
     tree: dict[str, Any] = {"features": features}
@@ -453,6 +457,7 @@ def _write_rows(
         folder: Folder with the tables of the parts.
     """
     event_weights = config.data.weight_by_event()
+    labels = label_columns(config.objective)
     events = None
     if database is not None:
         events = _EventTable(database, parts, encoder)
@@ -469,7 +474,7 @@ def _write_rows(
             user = parts.user_rows[codes_and_values(rows["user_id"])[0]]
             item_codes, _ = codes_and_values(rows["item_id"])
             item = parts.item_rows[item_codes]
-            encoded = encode_rows(rows, user, item, encoder, {}, event_weights)
+            encoded = encode_rows(rows, user, item, encoder, labels, event_weights)
             has_weight |= bool(encoded.weight.any())
             place = np.fromfile(written, place_type, len(rows))
             if files is not None:

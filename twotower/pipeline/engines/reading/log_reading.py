@@ -21,6 +21,7 @@ from twotower.data.sources.load import skipped_rows
 from twotower.data.tables import Origin, RawTable, log_column, read_uses
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.describe import list_separators
+from twotower.pipeline.labels import label_uses
 
 # Names of the source whose files are Parquet.
 PARQUET = ("parquet", "arrow", "pq")
@@ -62,7 +63,7 @@ class LogReading:
         return cls(
             table=dataclasses.replace(data.interactions, path=path),
             kind="parquet" if data.source in PARQUET else "csv",
-            uses=spec.uses(),
+            uses=spec.uses() | {"log": label_uses(config.objective)},
             where=where,
         )
 
