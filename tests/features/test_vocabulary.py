@@ -9,7 +9,7 @@ import pytest
 
 from twotower.core.arrays import mix64
 from twotower.features import vocabulary
-from twotower.features.vocabulary import Vocabulary, hash64
+from twotower.features.vocabulary import Vocabulary, as_strings, hash64
 
 MASK = 2**64 - 1
 STRINGS = ["", "a", "b", "ab", "ba", "حذاء", "a" * 300, "42", "é"]
@@ -164,6 +164,24 @@ def test_arrays_make_the_same_vocabulary():
     again = Vocabulary.from_arrays(fitted.arrays(), oov_rows=4)
     assert again.values.equals(fitted.values)
     np.testing.assert_array_equal(again.rows(strings(STRINGS)), fitted.rows(strings(STRINGS)))
+
+
+def test_the_hashes_of_a_large_vocabulary_are_kept(monkeypatch):
+    values = [f"v{number}" for number in range(50)]
+    fitted = Vocabulary(as_strings(pa.array(values)), oov_rows=4)
+    assert set(fitted.arrays()) == {"bytes", "offsets"}
+    monkeypatch.setattr(vocabulary, "_STORED_HASHES", 50)
+    arrays = fitted.arrays()
+    expected = fitted.rows(pa.array([*values, "unknown"])).tolist()
+    with monkeypatch.context() as patched:
+        # They are not made again, nor is anything else of all values.
+        patched.setattr(vocabulary, "hash64", None)
+        again = Vocabulary.from_arrays(arrays, oov_rows=4)
+        assert again.rows_of_texts([*values, "unknown"]).tolist() == expected
+    assert pickle.loads(pickle.dumps(again)).rows(pa.array(values)).tolist() == expected[:-1]
+    for broken in ({"order": arrays["order"][1:]}, {"hashes": arrays["hashes"][::-1]}):
+        with pytest.raises(ValueError, match="hashes of a vocabulary"):
+            Vocabulary.from_arrays(arrays | broken, oov_rows=4)
 
 
 def test_broken_vocabularies_are_refused():

@@ -33,6 +33,8 @@ from twotower.core.errors import BusyError, FolderError
 _FORMAT_VERSION = 1
 # The end of the name of an array's file; see `_free_path`.
 _ARRAY_FILE = re.compile(r"(\.[0-9a-f]{8})?\.npy$")
+# Size of the files that are mapped: smaller ones cost less when they are read.
+_MAPPED_BYTES = 2**20
 # The file in a folder of versions that names the current one.
 POINTER = "current"
 _VERSION_NAME = re.compile(r"v-(\d{1,18})")
@@ -422,8 +424,16 @@ def _free_path(folder: epath.Path, name: str) -> epath.Path:
     return path
 
 
-def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_folder(
+    folder: epath.PathLike, kind: str, mapped: str | None = None
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Returns the state and the arrays that `write_folder` put there.
+
+    Args:
+        folder: Folder of the files.
+        kind: Name of the JSON file, without ".json".
+        mapped: Beginning of the names of arrays that are mapped into memory where they are large,
+            for reading alone; None to read all of them.
 
     Raises:
         FolderError: The folder is of another kind or lacks a file, or a file has changed since it
@@ -435,9 +445,21 @@ def read_folder(folder: epath.PathLike, kind: str) -> tuple[dict[str, Any], dict
     check_files(folder, content["files"])
     arrays = {}
     for name in content["files"]:
+        array = _ARRAY_FILE.sub("", name)
+        path = Path(folder / name)
+        # Files of this machine alone can be mapped.
+        if mapped is not None and name.startswith(mapped) and _is_large(path):
+            # Without the class `memmap`, which costs time at each indexing.
+            arrays[array] = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+            continue
         with (folder / name).open("rb") as file:
-            arrays[_ARRAY_FILE.sub("", name)] = np.load(file, allow_pickle=False)
+            arrays[array] = np.load(file, allow_pickle=False)
     return content["state"], arrays
+
+
+def _is_large(path: Path) -> bool:
+    """Returns whether an array is worth a mapping of its own."""
+    return path.is_file() and path.stat().st_size >= _MAPPED_BYTES
 
 
 def check_files(folder: epath.PathLike, digests: Mapping[str, str]) -> None:

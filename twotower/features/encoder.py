@@ -148,7 +148,8 @@ class Encoder:
         Raises:
             FolderError: The folder holds something else, or a file is missing or corrupt.
         """
-        state, arrays = read_folder(folder, "encoder")
+        # Mapped: those of hundreds of millions of ids would be most of a server's memory.
+        state, arrays = read_folder(folder, "encoder", mapped="vocabulary_")
         vocabularies: dict[str, Vocabulary] = {}
         fitted = {}
         for entry in state["features"]:
@@ -157,7 +158,10 @@ class Encoder:
             if name is not None:
                 # Features that shared a vocabulary share it again after loading.
                 if name not in vocabularies:
-                    parts = {part: arrays[f"{name}_{part}"] for part in ("bytes", "offsets")}
+                    parts = {}
+                    for part in ("bytes", "offsets", "hashes", "order"):
+                        if f"{name}_{part}" in arrays:
+                            parts[part] = arrays[f"{name}_{part}"]
                     vocabularies[name] = Vocabulary.from_arrays(parts, oov_rows=entry["oov_rows"])
                 vocabulary = vocabularies[name]
             reads = entry.get("reads", {})  # encoders of before there were histories have none

@@ -30,6 +30,8 @@ _TABLE_POSITIONS = 64
 # Bytes of texts that are hashed by the table: of more, whole-array operations take less time.
 _MAX_TABLE_BYTES = 256
 _MASK = 2**64 - 1
+# Values from which on their hashes are written with them: to make them takes a second a million.
+_STORED_HASHES = 2**20
 # Known values that requests had, whose rows are kept: 150 bytes each at most, and then some text.
 _MAX_RECENT = 65_536
 
@@ -153,6 +155,7 @@ class Vocabulary:
     Attributes:
         values: Known values, unique, in the order of their rows.
         oov_rows: Number of rows that unknown values are spread over.
+        stored: Hashes of the values, where these were written with them.
 
     Raises:
         ValueError: A value is repeated or null, or there is no row for unknown values.
@@ -160,6 +163,7 @@ class Vocabulary:
 
     values: pa.LargeStringArray
     oov_rows: int = 1
+    stored: _HashIndex | None = None
 
     def __post_init__(self):
         if self.oov_rows < 1:
@@ -249,14 +253,21 @@ class Vocabulary:
         return rows
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Returns the values as plain arrays: their UTF-8 bytes and offsets."""
+        """Returns the values as plain arrays: their UTF-8 bytes and offsets, and of a large
+        vocabulary the hashes that values are found by."""
         data, offsets = utf8(self.values)
         # Without Arrow's own format: .npy files are mapped and checked like all other arrays.
-        return {"bytes": data, "offsets": offsets}
+        arrays = {"bytes": data, "offsets": offsets}
+        index = self._hash_index
+        if len(self.values) >= _STORED_HASHES and index.is_unique:
+            arrays |= {"hashes": index.hashes, "order": index.order}
+        return arrays
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray], *, oov_rows: int) -> Vocabulary:
         """Builds the vocabulary whose `arrays()` these are.
+
+        Arrays that are mapped into memory stay so: nothing of them is copied.
 
         Raises:
             ValueError: The arrays are not the bytes and offsets of UTF-8 strings.
@@ -268,7 +279,14 @@ class Vocabulary:
         )
         # The buffers come from a file: without this, a wrong offset would read past their end.
         values.validate(full=True)
-        return cls(values=values, oov_rows=oov_rows)
+        # Smaller vocabularies, and those of earlier versions, have none.
+        if "hashes" not in arrays:
+            return cls(values=values, oov_rows=oov_rows)
+        hashes = arrays["hashes"]
+        order = arrays["order"]
+        if len(hashes) != len(values) or len(order) != len(values) or not _is_rising(hashes):
+            raise ValueError("The hashes of a vocabulary are not those of its values.")
+        return cls(values, oov_rows, stored=_HashIndex(hashes, order, is_unique=True))
 
     def _rows_of_dictionary(self, values: pa.DictionaryArray | pa.ChunkedArray) -> np.ndarray:
         codes, known = codes_and_values(values)
@@ -348,6 +366,8 @@ class Vocabulary:
 
     @functools.cached_property
     def _hash_index(self) -> _HashIndex:
+        if self.stored is not None:
+            return self.stored
         # Made once, when the vocabulary is checked; 12 bytes a value.
         hashes = hash64(self.values)
         order = np.argsort(hashes, kind="stable")
@@ -369,3 +389,13 @@ class _HashIndex:
     hashes: np.ndarray
     order: np.ndarray
     is_unique: bool
+
+
+def _is_rising(numbers: np.ndarray) -> bool:
+    """Returns whether each number is greater than the one before, in blocks."""
+    # Of mapped numbers no more than a block is in memory at once.
+    for start in range(0, len(numbers), _BLOCK_BYTES):
+        part = numbers[start : start + _BLOCK_BYTES + 1]
+        if not (part[1:] > part[:-1]).all():
+            return False
+    return True
