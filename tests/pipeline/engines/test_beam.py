@@ -54,9 +54,10 @@ def test_a_log_of_text_leaves_the_same_folder(place, in_pieces, tmp_path):
     (tmp_path / "log").mkdir()
     for name in ("a.log.csv", "b.log.csv", "items.csv"):
         shutil.copy(place / name, tmp_path / "log" / name)
-    line = "time,user_id,item_id,event,hour\n1600000000,new,i1,view,0.5\n"
-    (tmp_path / "log" / "c.log.csv").write_text(line)
-    config = config_of(tmp_path / "log", case | {"data": data, "features": features})
+    text = "time,user_id,item_id,event,hour,liked,kept\n1600000000,new,i1,view,0.5,1,\n"
+    (tmp_path / "log" / "c.log.csv").write_text(text)
+    labels = {"objective": {"label": "liked"}, "split": {"validation_by": "time"}}
+    config = config_of(tmp_path / "log", case | labels | {"data": data, "features": features})
     report = leaves_the_same(config, tmp_path, max_bad_rows=1)
     reasons = [note.reason for note in report.dropped]
     assert report.dropped[0].rows == 1 and "without user_id" in reasons

@@ -17,7 +17,7 @@ _TEXT = ("csv", "tsv", "text", "file")
 _SOURCES = {"bigquery": ("bigquery", "bq", "sql")}
 _SPLITS = {"bigquery": script.KINDS}
 # Engines that read labels, and divide rows in all ways of these kinds.
-_COMPLETE = ("duckdb",)
+_COMPLETE = ("duckdb", "beam")
 
 
 def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
