@@ -1,6 +1,6 @@
 
 -- Codes of ${side}s follow the first row that has them.
-CREATE TEMP TABLE first_${side}s AS
+CREATE OR REPLACE TEMP TABLE first_${side}s AS
 SELECT
   ${side}_id,
   COUNT(*) AS num_rows,

@@ -1,5 +1,5 @@
 
-CREATE TEMP TABLE kept AS
+CREATE OR REPLACE TEMP TABLE kept AS
 SELECT
   log.position,
   users.code AS user_code,

@@ -1,5 +1,5 @@
 
-CREATE TEMP TABLE unordered AS
+CREATE OR REPLACE TEMP TABLE unordered AS
 SELECT
   users.id AS user_id,
   items.id AS item_id,
@@ -11,7 +11,7 @@ LEFT JOIN known_users AS users ON typed.user_id = users.written
 LEFT JOIN known_items AS items ON typed.item_id = items.written;
 
 -- Rows of a warehouse have no order: theirs is by time, user, item, and then the other columns.
-CREATE TEMP TABLE log AS
+CREATE OR REPLACE TEMP TABLE log AS
 SELECT
   hours.earlier + ROW_NUMBER() OVER (
     PARTITION BY unordered.hour

@@ -6,7 +6,7 @@ DECLARE held_out INT64 DEFAULT 0;
 DECLARE share_of_rows FLOAT64;
 
 -- The source is read once, so that all that follows sees the same rows.
-CREATE TEMP TABLE typed AS
+CREATE OR REPLACE TEMP TABLE typed AS
 SELECT
   *,
   -- Number of the first condition that a row does not satisfy.

@@ -1,6 +1,6 @@
 
 -- One text for each ${side}, however its id is written: all ids are whole numbers, or all are text.
-CREATE TEMP TABLE spelt_${side}s AS
+CREATE OR REPLACE TEMP TABLE spelt_${side}s AS
 SELECT ${side}_id AS written, TRIM(${side}_id) AS trimmed
 FROM typed
 WHERE ${side}_id IS NOT NULL
@@ -18,7 +18,7 @@ SET ${side}s_are_digits = (
 );
 
 -- Several texts may be one to Unicode, as both ways to write an accent: the first of them stands.
-CREATE TEMP TABLE known_${side}s AS
+CREATE OR REPLACE TEMP TABLE known_${side}s AS
 SELECT
   written,
   IF(${side}s_are_digits, normal, MIN(trimmed) OVER (PARTITION BY normal)) AS id
