@@ -394,7 +394,7 @@ def test_a_run_that_cannot_be_written_is_named(tmp_path):
         f"--config.data.interactions.path={tmp_path / 'log.csv'}",
         "--config.training.batch_size=8",
     )
-    assert f"Error: {tmp_path / 'file'}" in error
+    assert f"{tmp_path / 'file'} is a file. Name a folder" in error
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "log.csv"]
 
 
