@@ -116,6 +116,22 @@ def test_evaluate_writes_what_it_prints(exported):
     )
 
 
+def test_evaluate_asks_for_sanity_and_shuffles_the_top_that_is_named(trained, tmp_path):
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    slow = "--without_baselines=item_graph,item_knn,ease,als,last_item_words"
+    flags = ["--k=5", "--queries=50", "--baselines", slow, "--quantile_threshold=.98"]
+    flags += ["--sanity", "--sanity_title=title", "--sanity_category=category"]
+    printed = output_of("evaluate", f"--workdir={workdir}", *flags)
+    measured = json.loads((workdir / "evaluation" / "metrics.json").read_text())
+    top = measured["baseline_choices"]["popularity_top_quantile"]
+    assert "the top 0.02 of the items" in str(top)
+    titles = measured["sanity"]["titles"]
+    assert titles["column"] == "title" and titles["pairs"] and 0 <= titles["auc"] <= 1
+    # The towers of this run read no history, so that nobody can be made up.
+    (cannot,) = measured["sanity"]["cannot"]
+    assert "reads no history" in cannot and cannot in printed
+
+
 def test_query_prints_a_table_for_a_user_and_for_an_item(exported):
     bundle = load_bundle(exported / "bundle")
     items = bundle.items
