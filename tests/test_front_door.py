@@ -38,7 +38,7 @@ CHEAP = {
 }
 # Names whose examples need a run, or make one.
 OF_A_RUN = (
-    *"Recommendation Retriever Run compare fit grow".split(),
+    *"Recommendation Retriever Run compare fit grow judge".split(),
     *"load_retriever load_run prepare refit rerank sweep train".split(),
 )
 
@@ -101,6 +101,23 @@ def test_every_public_name_has_an_example_that_runs(name, tmp_path, monkeypatch)
 def test_so_have_the_names_that_need_a_run(name, folder):
     with contextlib.chdir(folder):
         run_examples(name)
+
+
+def test_a_run_measures_with_all_that_the_command_has(monkeypatch):
+    given = {}
+    monkeypatch.setattr(api, "evaluate", lambda run, **options: given.update(options))
+    monkeypatch.setattr(api, "format_report", lambda *_: "")
+    further = {
+        "without_baselines": ("ease",),
+        "popularity_window": "30d",
+        "quantile_threshold": 0.99,
+        "popularity_weights": (0.0, 0.05),
+        "sanity": True,
+        "sanity_columns": ("title", ""),
+    }
+    run = object.__new__(tt.Run)
+    run.evaluate(ks=(5,), **further)
+    assert further.items() <= given.items()
 
 
 def test_a_name_that_is_not_there_is_refused():

@@ -132,6 +132,7 @@ class Run(run_folder.Run):
         report: bool = False,
         report_columns: Sequence[str] = (),
         report_umap: bool = False,
+        **options: Any,
     ) -> measure.Measured:
         """Measures the run over the whole corpus: prints, keeps and returns the figures.
 
@@ -165,6 +166,9 @@ class Run(run_folder.Run):
                 "plots".
             report_columns: Columns of the items that it colours them by; () chooses.
             report_umap: Whether it shows the items by UMAP too, which needs the extra "umap".
+            **options: Further arguments of `twotower.api.evaluate`: `without_baselines`,
+                `popularity_window`, `quantile_threshold`, `popularity_weights`, `sanity_columns`
+                and `devices`.
 
         Returns:
             The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
@@ -188,6 +192,7 @@ class Run(run_folder.Run):
             slices=slices,
             further_metrics=further_metrics,
             sanity=sanity,
+            **options,
         )
         print(format_report(measured, ks))
         if report:
@@ -1277,7 +1282,19 @@ def judge(
     undertrained: Run | Path | str | None = None,
     split: str = "test",
 ) -> Judgement:
-    """Judges whether a run may take the place of another, by `twotower.evaluation.comparison.gate`.
+    """Judges whether a run may take the place of another: prints and returns the verdict.
+
+    It fails where the whole interval of a loss lies beyond what is put up with, and passes where
+    none of it does. Shuffled scores, a collapsed model and a tenth of the training are judged
+    first: if one of these comes through, nothing can be told of the candidate.
+
+    >>> run = tt.load_run("runs/mine")
+    >>> figures = run.evaluate(ks=(10,))  # doctest: +ELLIPSIS
+    WARNING: ...
+    >>> judged = tt.judge(run, "runs/mine")  # doctest: +ELLIPSIS
+    Preflight...
+    >>> judged.verdict, judged.exit_code  # of 30 users nothing can be told
+    ('undecided', 2)
 
     Args:
         standing: Run that stands, evaluated; as in `compare`.
@@ -1286,7 +1303,14 @@ def judge(
             and NDCG.
         undertrained: A run of a tenth of the training, which must fail; by default one is made of
             the validations of `standing`.
-        split: Rows that were found: "test" or "validation".
+        split: Rows that were found: "test", "validation", or the name of a further test set.
+
+    Returns:
+        The judgement: "passes", "fails" or "undecided" as its `verdict`, with every check in it.
+
+    Raises:
+        ConfigError: A run was not evaluated, the two were not measured alike, or the thresholds
+            name a metric or a slice of queries that there is not.
     """
     records = [read_record(_folder_of(run), split) for run in (standing, candidate)]
     # Relative to the run that stands, whose figures say what a loss is a part of.

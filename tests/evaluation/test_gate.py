@@ -164,6 +164,8 @@ def test_a_slice_can_fail_what_all_queries_would_let_pass():
         ({"slices": {"user": {"recall@10": {"share": 0.1}}}}, "did you mean 'users'"),
         ({"slices": {"users=nwe": {"recall@10": {"share": 0.1}}}}, "did you mean 'users=new'"),
         ({"slices": {"users": {"recal@10": {"share": 0.1}}}}, "did you mean 'recall@10'"),
+        ({"slices": {"items=new": {}}}, "known. Known: .*items .* are no slices of queries"),
+        ({"slices": {"item.brand": {}}}, "known. Known: .*items .* are no slices of queries"),
         ({}, "name no metric"),
     ],
 )

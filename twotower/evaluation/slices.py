@@ -188,7 +188,8 @@ def measure_slices(
 def label_queries(slices: Mapping[str, Slice], queries: Queries) -> dict[str, list[str]]:
     """Returns the value of each query by the name of a slice; "" of one that is in none.
 
-    Slices of items are left out, and those that put a query into several values.
+    Slices of items are left out, as they divide the right answers of a query, of which one figure
+    is recorded; and so are those that put a query into several values.
 
     Args:
         slices: Slices by name.

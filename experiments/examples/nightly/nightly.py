@@ -33,7 +33,8 @@ def main() -> None:
 
     run = train(args)
     figure = run.evaluate(ks=(10,))["model"][METRIC]
-    # Of the day that is served, not of the last one: bad days must not lower the bar.
+    # Of the day that is served, not of the last one: bad days must not lower the bar. The two days
+    # have other held-out rows, so that `tt.judge` has no pairs to judge by.
     before = figure_of(args.runs / CURRENT)
     line = f"{args.day}: {METRIC} {figure:.4f}, served now {before:.4f}"
     if figure < args.least * before:

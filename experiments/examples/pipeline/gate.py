@@ -2,7 +2,8 @@
 
     python experiments/examples/pipeline/gate.py runs/mine --metric=ndcg@10 --least=1.2
 
-It reads what `twotower evaluate --baselines` has written, and needs nothing but Python.
+It reads what `twotower evaluate --baselines` has written, and needs nothing but Python. It is a
+plain ratio of two figures; `twotower compare --gate` judges by intervals.
 """
 
 import argparse

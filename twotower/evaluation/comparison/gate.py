@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from twotower.core.errors import ConfigError, choose, echo
+from twotower.core.errors import ConfigError, choose, did_you_mean, echo
 from twotower.core.files import read_json
 from twotower.evaluation.comparison.compare import ALL, Part, differences_of, parts_of
 from twotower.evaluation.comparison.records import Record, check_alike
@@ -25,6 +25,7 @@ Verdict = Literal["passes", "fails", "undecided"]
 EXIT_CODES: Mapping[Verdict, int] = {"passes": 0, "fails": 1, "undecided": 2}
 DEFAULT_METRICS = ("recall", "ndcg")
 DEFAULT_SHARE = 0.05
+ITEM_SLICES = ("items", "item_popularity")  # of every evaluation; see `evaluation.slices`
 TENTH = 0.1
 # Of the training: a first validation later than this says nothing of a tenth of it.
 LATEST_VALIDATION = 0.25
@@ -135,14 +136,27 @@ def read_thresholds(content: Mapping[str, Any], record: Record) -> list[Threshol
     for name, of_slice in _mapping(content.get("slices", {}), "slices").items():
         found = [part for part in parts if name in (part.slice, str(part))]
         if not found:
-            known = dict.fromkeys([*record.slices, *map(str, parts)])
-            choose(known, name, "the slice of the thresholds")
+            raise ConfigError(_unknown_slice(name, [*record.slices, *map(str, parts)]))
         thresholds += _of_part(of_slice, found, record, f"slices.{name}.")
     if not thresholds:
         raise ConfigError(
             'The thresholds name no metric. Write {"recall@10": {"tolerance": 0.005}}.'
         )
     return thresholds
+
+
+def _unknown_slice(name: str, known: Sequence[str]) -> str:
+    """Returns what is said of a slice that no query is of."""
+    slice_name = name.partition("=")[0]
+    is_of_items = slice_name in ITEM_SLICES or slice_name.startswith("item.")
+    # "users=cold" is spelt like "items=cold", and something else.
+    hint = "." if is_of_items else did_you_mean(name, known)
+    return (
+        f"the slice of the thresholds={name!r} is not known{hint} Known: "
+        f"{', '.join(sorted(set(known)))}. Slices of items (items, item_popularity, a column of "
+        "the items) are no slices of queries: they divide the right answers, and of a query one "
+        "figure over all its answers is recorded, so that nothing could be paired."
+    )
 
 
 def default_thresholds(record: Record) -> list[Threshold]:
