@@ -6,6 +6,7 @@ of training. Here alone they are put together, for commands, notebooks and servi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,12 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+from absl import logging
 
 from twotower import fitting, refitting
 from twotower.config import Config, RetrievalConfig
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.fields import build
-from twotower.core.files import read_json
+from twotower.core.files import current_version, read_json
 from twotower.core.install import command
 from twotower.core.remote.copies import fetch_bundle as fetch_remote_bundle
 from twotower.core.remote.mirror import is_copy, mirrored, push
@@ -477,8 +479,9 @@ def train(
         devices: Number of devices to train on; 0 takes all.
         data: Folder of prepared data to share with other runs of the same data, split, features
             and labels, which the first of them writes; None keeps it in the folder of the run.
-        experiment_name: Experiment of MLflow that the run is logged to while it trains; "" logs
-            none that was not logged before.
+        experiment_name: Experiment of MLflow that the run is logged to while it trains, and at its
+            end the bundle, which is exported then, and figures of the validation rows; "" logs none
+            that was not logged before.
         run_name: Name of the run in MLflow; by default that of its folder.
         tracking_uri: Address of the store of MLflow; by default MLFLOW_TRACKING_URI, or mlflow.db
             in the working folder.
@@ -492,7 +495,7 @@ def train(
         TrainingError: The loss or a score is no longer finite.
     """
     tracking = _destination(experiment_name, run_name, tracking_uri)
-    train_in_folder(config, workdir, devices=devices, data=data, tracking=tracking)
+    train_in_folder(config, workdir, devices=devices, data=data, tracking=tracking, conclude=True)
     # Loaded anew: the weights that training ends with are the last ones, not the best.
     return load_run(workdir)
 
@@ -513,6 +516,7 @@ def train_in_folder(
     dataset: Dataset | None = None,
     tell: Callable[[DataReport], None] = log_report,
     tracking: Destination | None = None,
+    conclude: bool = False,
     on_validation: OnValidation | None = None,
     monitoring: Monitoring = NOT_ASKED,
 ) -> None:
@@ -529,6 +533,7 @@ def train_in_folder(
         tell: Function that shows the report of the data before the first step.
         tracking: Experiment of MLflow that the run is logged to while it trains; by default the one
             that it was logged to before, if any.
+        conclude: Whether a run that is logged there ends with its bundle and an evaluation.
         on_validation: Function that is told of each validation; see `twotower.training.loop.fit`.
         monitoring: What is watched while it trains.
     """
@@ -541,7 +546,8 @@ def train_in_folder(
     check_names(config, workdir)
     # Entered before the training, so that a run that fails is marked as failed there; begun only
     # when the data was found right.
-    with mirrored(workdir), follow(workdir, tracking) as start_log:
+    ending = functools.partial(_conclude_run, workdir) if conclude else None
+    with mirrored(workdir), follow(workdir, tracking, conclude=ending) as start_log:
 
         def begin(report: DataReport) -> None:
             tell(report)
@@ -560,6 +566,65 @@ def train_in_folder(
             on_validation=on_validation,
             monitoring=monitoring,
         )
+
+
+def _conclude_run(workdir: Path) -> None:
+    """Makes what a training that is logged to MLflow ends with: its bundle, and figures and a
+    report of the validation rows. Whatever fails is told as a warning: the training is done."""
+    to_export = command("export", f"--workdir={workdir}")
+    to_evaluate = command("evaluate", f"--workdir={workdir}", "--split=validation", "--report")
+    if is_one_of_several():
+        # The others end now, and an export on their devices would wait for them.
+        logging.info("For the bundle and figures, by one process: %s; %s", to_export, to_evaluate)
+        return
+    with _warned(to_export):
+        run = load_run(workdir)
+        with _warned(to_export):
+            _export_at_end(run)
+        with _warned(to_evaluate):
+            _evaluate_at_end(run)
+
+
+@contextlib.contextmanager
+def _warned(line: str) -> Iterator[None]:
+    """Turns an error in a block into a warning, with the command that does the work again."""
+    try:
+        yield
+    except Exception as error:
+        logging.warning(
+            "The training is whole, but not what it ends with: %s: %s Do that by: %s",
+            type(error).__name__,
+            error,
+            line,
+        )
+
+
+def _export_at_end(run: Run) -> None:
+    """Exports a run, unless its bundle is of this checkpoint already."""
+    manifest = current_version(run.workdir / BUNDLE) / "manifest.json"
+    if manifest.exists() and read_json(manifest).get("step") == run.step:
+        return
+    export(run, log=False)
+
+
+def _evaluate_at_end(run: Run) -> None:
+    """Measures a run by its validation rows, and writes the report, unless they are there."""
+    # The test rows are left to whoever asks for them: they are looked at once, by intent.
+    if not len(run.prepared.positives("validation")):
+        logging.info("%s has no validation rows, and is not measured.", run.workdir)
+        return
+    path = metrics_path(run.workdir, "validation")
+    measured = read_json(path) if path.exists() else {}
+    if measured.get("protocol", {}).get("step") != run.step:
+        measured = evaluate(run, split="validation", log=False)
+    elif path.with_name("report_validation.html").exists():
+        return
+    try:
+        check_report()
+    except ConfigError as error:
+        logging.info("No report and no pictures: %s", error)
+        return
+    logging.info("Report: %s", write_report(run, measured, log=False))
 
 
 def refit(run: Run | Path | str, *, on_top: bool = False, devices: int = 0) -> Run:
@@ -748,6 +813,7 @@ def export(
     baseline: str = "",
     baseline_dim: int = 256,
     shards: int = 1,
+    log: bool = True,
     **index_options: Any,
 ) -> Bundle:
     """Embeds the corpus, builds the index and writes the run's bundle folder.
@@ -763,6 +829,8 @@ def export(
             `run.workdir / "bundle_item_knn"`; see `twotower.evaluation.baselines.factors`.
         baseline_dim: Greatest width of its vectors; a wider model is approximated.
         shards: Number of shards that the items are divided into, by a hash of their ids.
+        log: Whether the bundle is logged to MLflow, if the run was; a training logs all that it
+            ends with at once.
         **index_options: Options of `config.retrieval` that replace those of the run, such as
             `target_recall=0.95`, `k=100`, `dim=32` or `vectors="int8"`.
 
@@ -799,11 +867,11 @@ def export(
         figures=_figures(run),
         shards=shards,
     )
-    if registration is None:
-        # Logged where the run was logged before, and nowhere else.
-        log_linked(run.workdir, bundle=True)
-    else:
+    if registration is not None:
         track(run.workdir, bundle=True, registration=registration)
+    elif log:
+        # Where the run was logged before, and nowhere else.
+        log_linked(run.workdir, bundle=True)
     push(run.workdir)
     return bundle
 
@@ -865,6 +933,7 @@ def evaluate(
     sanity: bool = False,
     sanity_columns: tuple[str, str] = ("", ""),
     devices: int = 0,
+    log: bool = True,
 ) -> measure.Measured:
     """Measures a run over the whole corpus, and the index of its bundle where there is one.
 
@@ -893,6 +962,7 @@ def evaluate(
         sanity_columns: Columns of the items with their titles and with their categories; "" finds
             it by the features.
         devices: Number of devices that share the items; 0 takes all.
+        log: Whether the figures are logged to MLflow, if the run was.
 
     Returns:
         The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
@@ -932,7 +1002,8 @@ def evaluate(
     if tuning is not None:
         measured["tuning"] = tuning
     measure.write_metrics(measured, measured_path(run, measured))
-    log_linked(run.workdir)
+    if log:
+        log_linked(run.workdir)
     push(run.workdir)
     return measured
 
@@ -971,6 +1042,7 @@ def write_report(
     *,
     columns: Sequence[str] = (),
     umap: bool = False,
+    log: bool = True,
 ) -> Path:
     """Writes the report of an evaluation: one page of HTML beside the figures.
 
@@ -981,6 +1053,7 @@ def write_report(
         measured: Figures that `evaluate` returned; None reads those that it wrote of the test rows.
         columns: Columns of the items to colour them by; () takes the first two texts of few values.
         umap: Whether it shows the items by UMAP too, which needs the extra "umap".
+        log: Whether it is logged to MLflow, if the run was.
 
     Returns:
         The file.
@@ -1003,7 +1076,8 @@ def write_report(
     if (run.workdir / BUNDLE).exists():
         index = Retriever.load(run.workdir / BUNDLE).bundle.index
     write_page(run, measured, page, index=index, columns=columns, umap=umap)
-    log_linked(run.workdir)
+    if log:
+        log_linked(run.workdir)
     return page
 
 

@@ -7,12 +7,13 @@ import sys
 import time
 
 import pytest
+from absl import logging
 
 from tests.extras import extra
 from twotower.config import from_dict
-from twotower.core.errors import ConfigError
+from twotower.core.errors import ConfigError, PreemptedError
 from twotower.core.install import install_line
-from twotower.integrations import live_tracking
+from twotower.integrations import live_tracking, tracking
 from twotower.integrations.live_tracking import follow
 from twotower.integrations.mlflow_model import Registration
 from twotower.integrations.mlflow_store import Destination, read_link
@@ -208,8 +209,37 @@ def test_a_training_is_logged_while_it_goes_on_and_again_when_it_was_killed(
     assert len(client.search_runs([experiment])) == 1
 
 
+def test_a_store_that_refuses_what_a_training_ends_with_costs_one_warning(
+    store, client, shop, monkeypatch
+):
+    def refuse(*_, **__):
+        raise OSError("no room")
+
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda text, *args: warnings.append(text % args))
+    monkeypatch.setattr(tracking.Recorder, "log_results", refuse)
+    made = []
+    destination = Destination(uri=store, experiment="ends")
+    with follow(shop, destination, conclude=lambda: made.append(1)) as start:
+        start()
+    [warning] = warnings
+    assert "no room" in warning and f"track --workdir={shop} --bundle" in warning
+    assert client.get_run(read_link(shop).run_id).info.status == "FINISHED"
+    # Stopped, to go on later: it has not come to its end.
+    with pytest.raises(PreemptedError):
+        with follow(shop, destination, conclude=lambda: made.append(2)) as start:
+            start()
+            raise PreemptedError("stopped")
+    # Away to the end, which was said when the training began: what it makes is made.
+    monkeypatch.setattr(tracking.Recorder, "link", refuse)
+    with follow(shop, destination, conclude=lambda: made.append(3)) as start:
+        start()
+    assert made == [1, 3] and len(warnings) == 2
+    assert "The training goes on" in warnings[1]
+
+
 def test_a_training_that_was_never_logged_is_not_logged(shop):
-    with follow(shop, None) as start:
+    with follow(shop, None, conclude=lambda: pytest.fail("it is concluded")) as start:
         start()
     log_linked(shop)
     assert not (shop / "mlflow.json").exists()

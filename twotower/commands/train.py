@@ -14,7 +14,8 @@ model to export.
 
 --experiment_name logs to MLflow while it trains, by default to sqlite:///mlflow.db; the folder is
 then runs/EXPERIMENT/RUN where no --workdir is given. A server that is away costs one warning, and
-what it missed follows.
+what it missed follows. At its end such a training exports its bundle, measures the validation rows
+and logs both, with a report where the extra plots is installed.
 
 WORKDIR/heartbeat.json says where a training is and where its time goes; `twotower inspect WORKDIR`
 shows it. --profile_steps=20-40 profiles these steps.
@@ -34,6 +35,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 from absl import flags
 
@@ -173,6 +175,7 @@ def main() -> None:
         devices=_DEVICES.value,
         data=_DATA.value,
         tracking=_TRACKING.destination(),
+        conclude=True,
         monitoring=monitoring,
     )
     # In the same processes: they know each other already, and the devices are theirs.
@@ -187,10 +190,16 @@ def _print_next(workdir: str) -> None:
     import jax
 
     from twotower.core.install import command
+    from twotower.retrieval.bundle import BUNDLE
 
-    if jax.process_index() == 0:
-        folder = f"--workdir={workdir}"
-        print(f"Next: {command('export', folder)}")
-        # A refit has no rows left that it was not trained on.
-        if not _REFIT.value:
-            print(f"      {command('evaluate', folder, '--baselines')}")
+    if jax.process_index() != 0:
+        return
+    folder = f"--workdir={workdir}"
+    lines = []
+    # A training that is logged has exported its bundle itself, unless that was refused.
+    if _TRACKING.destination() is None or not (Path(workdir) / BUNDLE).exists():
+        lines.append(command("export", folder))
+    # A refit has no rows left that it was not trained on.
+    if not _REFIT.value:
+        lines.append(command("evaluate", folder, "--baselines"))
+    print("Next: " + "\n      ".join(lines))

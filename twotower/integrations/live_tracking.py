@@ -36,13 +36,17 @@ RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 
 
 @contextlib.contextmanager
-def follow(workdir: Path, destination: Destination | None) -> Iterator[Callable[[], None]]:
+def follow(
+    workdir: Path, destination: Destination | None, *, conclude: Callable[[], None] | None = None
+) -> Iterator[Callable[[], None]]:
     """Logs the training in a block, and gives the function to call when its folder is made.
 
     Args:
         workdir: Folder of the run, which need not exist yet.
         destination: Where it is logged to; by default where it was logged before, and a training
             that never was is not logged.
+        conclude: Function that makes the bundle and the evaluation of a training that is logged
+            and has come to its end; they are logged after it. None makes none.
 
     Raises:
         ConfigError: The extra is missing, or the address of the store cannot be right. A server
@@ -70,8 +74,14 @@ def follow(workdir: Path, destination: Destination | None) -> Iterator[Callable[
         raise
     finally:
         live.close(status)
-        if before is None:
-            os.environ.pop(RETRIES, None)
+        # After the training is told as finished, which it is whatever comes of the rest.
+        try:
+            if status == "FINISHED" and conclude is not None and live.has_begun:
+                conclude()
+                live.log_results()
+        finally:
+            if before is None:
+                os.environ.pop(RETRIES, None)
 
 
 def _log_nothing() -> None:
@@ -93,9 +103,16 @@ class LiveTracking:
         # Status that MLflow shows, once training is over: FINISHED, KILLED or FAILED.
         self._status = ""
         self._is_running = False
+        # Whether the store took all that there was at the end of the training.
+        self._has_all = False
         self._has_warned = False
         # A daemon: a store that hangs must not keep the process from its end.
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there was something to log: of several processes one logs."""
+        return self._thread.ident is not None
 
     def start(self) -> None:
         """Begins to log: the folder holds the run."""
@@ -110,11 +127,28 @@ class LiveTracking:
         self._status = status
         self._over.set()
         # Not even begun: the configuration or the data was refused.
-        if self._thread.ident is None:
+        if not self.has_begun:
             return
         self._thread.join(CLOSING_SECONDS)
         if self._thread.is_alive():
             self._warn(f"the store has not answered within {CLOSING_SECONDS:.0f} seconds")
+
+    def log_results(self) -> None:
+        """Logs the evaluations and the bundle of a training that is over and logged."""
+        # Said already; and a thread that waits for the store may still use the recorder.
+        if not self._has_all:
+            return
+        try:
+            with self._recorder.open() as client:
+                self._recorder.log_results(client, bundle=True)
+        # As of the training itself: what was made is in the folder.
+        except Exception as error:
+            logging.warning(
+                "MLflow: %s. The bundle and the figures are in %s; to log them: %s",
+                _reason(error),
+                self._recorder.workdir,
+                self._cure(),
+            )
 
     def _work(self) -> None:
         """Logs whenever there are new lines, and once more when training is over."""
@@ -131,7 +165,7 @@ class LiveTracking:
                     pause = AWAY_PERIOD
             self._over.wait(pause)
         # Outside of the loop: the last lines are written after the last look.
-        self._log(self._status)
+        self._has_all = self._log(self._status)
 
     def _stamp(self) -> tuple[int, int] | None:
         """Returns what changes with the file of metrics; None before there is one."""
@@ -157,11 +191,9 @@ class LiveTracking:
                 recorder.log_training(client)
                 if status:
                     client.set_terminated(run_id, status)
-        except ConfigError as error:
-            self._warn(str(error).rstrip("."))
         # Whatever is wrong with the log of a training, the training goes on.
         except Exception as error:
-            self._warn(f"{type(error).__name__}: {error}")
+            self._warn(_reason(error))
         else:
             return True
         return False
@@ -175,5 +207,16 @@ class LiveTracking:
             "MLflow: %s. The training goes on; what is missed follows when the store answers, or "
             "afterwards by: %s",
             reason,
-            command("track", f"--workdir={self._recorder.workdir}"),
+            self._cure(),
         )
+
+    def _cure(self) -> str:
+        """Returns the command that logs what was missed."""
+        return command("track", f"--workdir={self._recorder.workdir}", "--bundle")
+
+
+def _reason(error: Exception) -> str:
+    """Returns what a warning says of an error."""
+    if isinstance(error, ConfigError):
+        return str(error).rstrip(".")
+    return f"{type(error).__name__}: {error}"
