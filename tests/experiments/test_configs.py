@@ -1,5 +1,5 @@
-"""Every shipped configuration loads and says how to run it; two of them run on real data from the
-log to the metrics."""
+"""Every shipped configuration loads and says how to run it; those whose reports somebody looks at
+run from the log to the metrics and to a report that a browser finds no fault with."""
 
 import importlib
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.extras import extra, program
 from twotower.config import defaults, from_dict
 from twotower.evaluation import measure
 from twotower.evaluation.baselines.popularity import random_scores
@@ -66,9 +67,17 @@ def test_its_docstring_names_its_commands(name):
         assert f"python -m experiments.{command} " in text
 
 
-@pytest.fixture(scope="module", params=["movielens_100k", "online_retail"])
+# The reports that tests/evaluation/report/screenshots.md names.
+@pytest.fixture(
+    scope="module", params=["movielens_100k", "online_retail", "quickstart", "arabic_shop"]
+)
 def trained(request, shared_data, tmp_path_factory):
     config = module(request.param).get_config()
+    if config.features.path:  # relative to the file of the configuration
+        folder = ROOT / "experiments" / "configs"
+        config.features.path = str((folder / config.features.path).resolve())
+    if config.data.source == "shop":
+        config.data.num_interactions = 20_000
     config.training.steps = config.training.validate_every = 20
     config.training.batch_size = 256
     config.evaluation.ks = (10,)
@@ -79,13 +88,17 @@ def trained(request, shared_data, tmp_path_factory):
     return load_run(workdir)
 
 
+@pytest.fixture(scope="module")
+def measured(trained):
+    """Figures of a run without those of tuned baselines, whose tuning would be most of the test."""
+    return measure.measure_run(trained, ks=(10,), baselines=False)
+
+
 @pytest.mark.slow
-def test_from_the_log_to_the_metrics(trained):
+def test_from_the_log_to_the_metrics(trained, measured):
     folder = trained.workdir / "bundle"
     bundle = export(trained, folder)  # which proves that the bundle scores as the trainer does
     assert len(bundle.items) == len(trained.prepared.items) and describe_index(bundle.index)
-    # No baselines: their tuning on these data would be most of the test.
-    measured = measure.measure_run(trained, ks=(10,), baselines=False)
     asked = make_queries(trained.prepared, "test", trained.config.evaluation.query)
     draws = [
         evaluate(random_scores(asked.num_items, seed=seed), asked, (10,), mask_seen=True)
@@ -112,3 +125,27 @@ def test_from_the_log_to_the_metrics(trained):
         assert [item.item_id for item in retriever.recommend("nobody", k=5)] == [
             item.item_id for item in at_the_end
         ]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    extra("playwright.sync_api", "dev")
+    from tests.evaluation.report.browser import open_browser
+
+    with open_browser(program("chromium", "chromium")) as opened:
+        yield opened
+
+
+@pytest.mark.slow
+def test_a_browser_finds_no_fault_with_its_report(trained, measured, browser):
+    extra("matplotlib", "plots")
+    from tests.evaluation.report.browser import find_faults, open_report
+    from twotower.evaluation.report.write import write_report
+
+    path = trained.workdir / "evaluation" / "report.html"
+    write_report(trained, measured, path)
+    assert path.stat().st_size < 1.5e6
+    for width, scheme in (("desktop", "light"), ("phone", "dark")):
+        with open_report(browser, path, width, scheme) as page:
+            assert find_faults(page) == []
+            assert page.locator("figure svg").count() > 5
