@@ -6,6 +6,7 @@ import pytest
 from twotower.evaluation.intervals import (
     interval,
     interval_table,
+    paired_intervals,
     resampled_means,
 )
 
@@ -62,3 +63,29 @@ def test_a_resample_that_counts_nobody_is_left_out():
     assert interval_table({"x": np.full(1, 0.8)}, np.zeros(1, int), np.ones(1, bool)) == {
         "x": [pytest.approx(0.8)] * 2
     }
+
+
+def test_all_rankings_are_weighed_by_one_draw_of_counts():
+    """So the difference of two means is resampled as the mean of their differences is."""
+    rng = np.random.default_rng(3)
+    users = rng.integers(0, 60, 200)
+    where = rng.random(200) < 0.9
+    hard = rng.random(200)
+    values = {
+        name: {"recall@10": hard + 0.1 * rng.random(200), "ndcg@10": rng.random(200)}
+        for name in ("model", "ease", "als")
+    }
+    intervals, differences = paired_intervals(values, users, where, first="model")
+    assert list(intervals) == ["model", "ease", "als"] and list(differences) == ["ease", "als"]
+    for name, figures in values.items():
+        assert intervals[name] == interval_table(figures, users, where)
+    for name, ends in differences.items():
+        less = {key: values["model"][key] - column for key, column in values[name].items()}
+        expected = interval_table(less, users, where)
+        for key, found in ends.items():
+            assert found == pytest.approx(expected[key], abs=1e-5)
+        # What both find hard cancels out.
+        low, high = ends["recall@10"]
+        own_low, own_high = intervals[name]["recall@10"]
+        assert high - low < 0.5 * (own_high - own_low)
+    assert paired_intervals(values, users, np.zeros(200, bool), first="model") == ({}, {})

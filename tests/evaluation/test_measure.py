@@ -23,6 +23,7 @@ from twotower.evaluation.evaluate import (
 )
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.report import text as report_text
+from twotower.evaluation.report.verdict import find_verdict
 from twotower.retrieval.embed import shard_weights
 
 pytestmark = pytest.mark.slow
@@ -159,19 +160,42 @@ def test_every_mean_has_an_interval_around_it(measured):
             assert low - 1e-6 <= model[name] <= high + 1e-6, name
         low, high = intervals["recall@5"]
         assert low < high
-    low, high = measured["model_intervals"]["recall@5"]
-    assert f"{low:.4f} to {high:.4f}" in report_text.format_report(measured, KS)
+        of_baselines = measured[f"baseline_intervals{suffix}"]
+        differences = measured[f"baseline_differences{suffix}"]
+        assert set(of_baselines) == set(differences) == set(measured[f"baselines{suffix}"])
+        for name, figures in measured[f"baselines{suffix}"].items():
+            assert set(of_baselines[name]) == set(differences[name]) == means
+            low, high = of_baselines[name]["ndcg@10"]
+            assert low - 1e-6 <= figures["ndcg@10"] <= high + 1e-6
+            low, high = differences[name]["ndcg@10"]
+            assert low - 1e-6 <= model["ndcg@10"] - figures["ndcg@10"] <= high + 1e-6
+    rival = find_verdict(measured, "recall@5").rival
+    (line, *_) = [
+        line
+        for line in report_text.format_report(measured, KS).splitlines()
+        if line.startswith("recall@5 ")
+    ]
+    for low, high in (
+        measured["model_intervals"]["recall@5"],
+        measured["baseline_intervals"][rival]["recall@5"],
+    ):
+        assert f"{low:.4f} to {high:.4f}" in line
+    # Two intervals: the table is as wide as its terminal with those of all others left out.
+    assert line.count(" to ") == 2
 
 
 @pytest.mark.parametrize(
-    ("ease", "words"),
+    ("ease", "ends", "words"),
     [
-        (0.1, "ahead of the best baseline, ease: recall@5 0.3000 against 0.1000."),
-        (0.34, "cannot be told from the best baseline, ease"),
-        (0.4, "BEHIND the best baseline, ease"),
+        (0.29, (0.002, 0.02), "is ahead of the best baseline, ease: recall@5 0.3000 against"),
+        (0.1, (-0.01, 0.3), "cannot be told from the best baseline, ease"),
+        (0.31, (-0.02, -0.002), "BEHIND the best baseline, ease"),
     ],
 )
-def test_the_verdict_is_against_the_best_baseline_and_minds_the_interval(measured, ease, words):
+def test_the_paired_difference_from_the_best_baseline_decides_the_verdict(
+    measured, ease, ends, words
+):
+    """The intervals of the two, which overlap in every case, do not."""
     figures = dict(measured["model"])
     baselines = {name: figures | {"recall@5": 0.05} for name in measured["baselines"]}
     # The truth of a generated shop is no baseline that one could use.
@@ -179,11 +203,12 @@ def test_the_verdict_is_against_the_best_baseline_and_minds_the_interval(measure
     baselines |= {"true_preferences": figures | {"recall@5": 0.9}}
     changed = measured | {
         "model": figures | {"recall@5": 0.3},
-        "model_intervals": {"recall@5": [0.25, 0.35]},
+        "model_intervals": {"recall@5": [0.05, 0.35]},
         "baselines": baselines,
+        "baseline_differences": {"ease": {"recall@5": ends}},
     }
     masked, _ = report_text.format_report(changed, KS).split("Nothing masked")
-    assert words in masked
+    assert words in masked and f"{ends[0]:+.4f} to {ends[1]:+.4f} (95% interval)" in masked
 
 
 def test_validation_asks_no_more_queries_than_a_tenth_of_the_training_pays_for(

@@ -17,6 +17,7 @@ MEASURED = {
     "model_unmasked": {"recall@10": 0.2},
     "model_intervals": {"recall@10": [0.2, 0.3]},
     "baselines": {"popularity": {"recall@10": 0.1}},
+    "baseline_intervals": {"popularity": {"recall@10": [0.05, 0.15]}},
     "slices": {"country": {"EG": {"queries": 9, "model": {"recall@10": 0.4}}}},
 }
 
@@ -35,6 +36,8 @@ def test_each_figure_is_a_row():
         ("model", True, "EG", "recall", 10): 0.4,
     }
     assert (rows[0]["low"], rows[0]["high"]) == (0.2, 0.3)
+    (baseline,) = [row for row in rows if row["system"] == "popularity"]
+    assert (baseline["low"], baseline["high"]) == (0.05, 0.15)
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from twotower.evaluation.evaluate import (
 )
 from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import label_tasks, make_head_metrics
-from twotower.evaluation.intervals import interval_table
+from twotower.evaluation.intervals import paired_intervals
 from twotower.evaluation.queries import TRAIN_QUERIES, Queries, make_queries, usual_targets
 from twotower.evaluation.query_table import (
     query_table,
@@ -107,14 +107,16 @@ def measure_run(
     Returns:
         {"protocol": {...}, "answers": {"outside_corpus": ..., "greatest_recall": ...}, "model":
         {"recall@10": ...}, "model_intervals": {"recall@10": [low, high]}, "baselines": {name: ...},
-        and these with "_unmasked"; for items and users that training never saw "new_items"
-        and "new_users", each {"model": ..., "random": ...}; for a loss on labels "labels": {"auc":
-        ..., "calibration_curve": [...]}; for a model with heads "heads": {name: {"auc": ...}}; with
-        baselines "baseline_choices": {name: {"setting": ..., "tried": number of settings that
-        validation chose from}}; for further test rows "test_set", see
-        `twotower.pipeline.prepare.FurtherRows`; with `popularity_weights` "popularity_weights":
-        {"0.05": {"recall@10": ...}}; "audits", see `twotower.evaluation.audits.base.audit_table`;
-        and "health", see `twotower.evaluation.audits.health`.
+        "baseline_intervals": {name: {"recall@10": [low, high]}}, "baseline_differences" likewise,
+        the model less the baseline over the same users; and these with "_unmasked"; for items and
+        users that training never saw "new_items" and "new_users", each {"model": ..., "random":
+        ...}; for a loss on labels "labels": {"auc": ..., "calibration_curve": [...]}; for a model
+        with heads "heads": {name: {"auc": ...}}; with baselines "baseline_choices": {name:
+        {"setting": ..., "tried": number of settings that validation chose from}}; for further test
+        rows "test_set", see `twotower.pipeline.prepare.FurtherRows`; with `popularity_weights`
+        "popularity_weights": {"0.05": {"recall@10": ...}}; "audits", see
+        `twotower.evaluation.audits.base.audit_table`; and "health", see
+        `twotower.evaluation.audits.health`.
     """
     # Heads read whole vectors, which are not cut for a bundle.
     whole_model = run.model
@@ -181,19 +183,30 @@ def _measure_rankings(
 ) -> dict[str, Evaluation]:
     """Writes the figures of rankings into `measured`, and returns their lists with seen masked."""
     masked: dict[str, Evaluation] = {}
+    values: dict[str, dict[str, Mapping[str, np.ndarray]]] = {suffix: {} for suffix in SUFFIXES}
+    is_averaged: dict[str, np.ndarray] = {}
     # Papers report either mode, and the two are not comparable: both are always measured.
     for name, scores in rankings.items():
         evaluations = evaluate_both(scores, queries, ks, further=further)
         masked[name] = evaluations[0]
         for suffix, evaluation in zip(SUFFIXES, evaluations):
+            values[suffix][name] = evaluation.values
+            # The same of all rankings: it is the queries that have an answer or none.
+            is_averaged[suffix] = evaluation.is_averaged
             if name != "model":
                 others = measured.setdefault(f"baselines{suffix}", {})
                 others[name] = evaluation.figures
                 continue
             measured[f"model{suffix}"] = evaluation.figures
-            measured[f"model_intervals{suffix}"] = interval_table(
-                evaluation.values, queries.user, evaluation.is_averaged
-            )
+    # When all are measured, so that one draw of counts weighs the model and every baseline.
+    for suffix in SUFFIXES:
+        intervals, differences = paired_intervals(
+            values[suffix], queries.user, is_averaged[suffix], first="model"
+        )
+        measured[f"model_intervals{suffix}"] = intervals.pop("model", {})
+        if len(rankings) > 1:
+            measured[f"baseline_intervals{suffix}"] = intervals
+            measured[f"baseline_differences{suffix}"] = differences
     return masked
 
 

@@ -193,9 +193,10 @@ def figure_rows(measured: Measured) -> Iterator[dict[str, Any]]:
         seen = common | {"mask_seen": not suffix}
         intervals = measured.get(f"model_intervals{suffix}", {})
         yield from _rows(seen | {"system": MODEL}, measured.get(f"model{suffix}", {}), intervals)
+        # Evaluations of earlier versions have intervals of the model alone.
+        others = measured.get(f"baseline_intervals{suffix}", {})
         for name, figures in measured.get(f"baselines{suffix}", {}).items():
-            # Intervals are measured of the model alone.
-            yield from _rows(seen | {"system": name}, figures, {})
+            yield from _rows(seen | {"system": name}, figures, others.get(name, {}))
     for name, values in measured.get("slices", {}).items():
         for value, part in values.items():
             sliced = {"slice": name, "slice_value": str(value), "queries": part.get("queries")}

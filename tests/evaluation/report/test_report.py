@@ -45,9 +45,7 @@ def measured_as(model, low, high, **baselines):
 def test_the_verdict_is_against_the_best_baseline_that_anybody_could_use(rival, standing):
     rivals = {} if rival is None else {"ease": rival, "popularity": rival / 2}
     measured = measured_as(0.25, 0.2, 0.3, random=0.9, true_preferences=0.95, **rivals)
-    verdict = find_verdict(
-        "recall@10", measured["model"], measured["model_intervals"], measured["baselines"]
-    )
+    verdict = find_verdict(measured, "recall@10")
     assert verdict.standing == standing
     assert verdict.rival == ("ease" if rivals else "")
 
@@ -55,6 +53,31 @@ def test_the_verdict_is_against_the_best_baseline_that_anybody_could_use(rival, 
 def test_ends_of_an_interval_decide():
     assert Verdict("recall@10", 0.25, 0.2, 0.3, "ease", 0.2).standing == "even"
     assert Verdict("recall@10", 0.25, 0.2, 0.3, "ease", 0.1999).standing == "ahead"
+    # Of the paired difference, where it was measured.
+    assert Verdict("recall@10", 0.25, 0.2, 0.3, "ease", 0.24, (0.001, 0.02)).standing == "ahead"
+    assert Verdict("recall@10", 0.25, 0.2, 0.3, "ease", 0.26, (-0.02, 0.0)).standing == "even"
+    assert Verdict("recall@10", 0.25, 0.2, 0.3, "ease", 0.26, (-0.02, -0.01)).standing == "behind"
+
+
+def test_every_line_by_length_has_its_band_and_the_caption_says_what_it_is(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(quality, "line_chart", lambda name, lines, **_: drawn.extend(lines) or "")
+    measured = {
+        "model": {"recall@5": 0.2, "recall@10": 0.25},
+        "model_intervals": {"recall@5": [0.15, 0.25], "recall@10": [0.2, 0.3]},
+        "baselines": {"ease": {"recall@5": 0.1, "recall@10": 0.15}},
+        "baseline_intervals": {"ease": {"recall@5": [0.05, 0.12], "recall@10": [0.1, 0.2]}},
+    }
+    chart = quality._by_length(measured, "recall")
+    assert [(line.label, *line.low, *line.high) for line in drawn] == [
+        ("model", 0.15, 0.2, 0.25, 0.3),
+        ("EASE", 0.05, 0.1, 0.12, 0.2),
+    ]
+    assert "band around a line is its 95% interval" in chart.caption
+    assert chart.table.rows[1] == ["EASE", "0.1000 (0.0500 to 0.1200)", "0.1500 (0.1000 to 0.2000)"]
+    # Figures of earlier versions have no intervals, and no words on them.
+    plain = quality._by_length({"model": measured["model"]}, "recall")
+    assert "band" not in plain.caption and plain.table.rows == [["model", "0.2000", "0.2500"]]
 
 
 def test_what_speaks_against_the_figures_stands_in_the_first_paragraph():

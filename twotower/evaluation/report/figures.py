@@ -169,8 +169,10 @@ def line_chart(
                 zorder=5 - number / 10,
             )
             if len(line.low):
+                # Below all lines, and paler where many bands may overlap.
+                alpha = 0.16 if number == 0 else 0.09
                 axes.fill_between(
-                    line.x, line.low, line.high, color=colour, alpha=0.16, linewidth=0
+                    line.x, line.low, line.high, color=colour, alpha=alpha, linewidth=0
                 )
         if log_x:
             _log_scale(axes)

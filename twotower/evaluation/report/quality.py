@@ -86,8 +86,7 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
     # The shortest lists are what somebody sees without scrolling, and recall is what everybody
     # understands.
     metric = f"recall@{list_lengths(measured)[0]}"
-    intervals = measured.get("model_intervals", {})
-    verdict = find_verdict(metric, measured["model"], intervals, measured.get("baselines", {}))
+    verdict = find_verdict(measured, metric)
     standing = verdict.standing
     sentence = SENTENCES[standing].format(name=title_of(verdict.rival))
     k = verdict.metric.partition("@")[2]
@@ -179,9 +178,17 @@ def _difference(verdict: Verdict) -> str:
     share = verdict.value / verdict.rival_value - 1
     # A smaller share would be told as 0 %.
     if abs(share) < 0.005:
-        return "the same as the model"
+        return f"the same as the model{_paired(verdict)}"
     side = "more" if share > 0 else "less"
-    return f"the model finds {abs(share):.0%} {side}"
+    return f"the model finds {abs(share):.0%} {side}{_paired(verdict)}"
+
+
+def _paired(verdict: Verdict) -> str:
+    """Returns the interval that decides the verdict, as a part of a sentence."""
+    if verdict.difference is None:
+        return ""
+    low, high = verdict.difference
+    return f"; over the same people {low:+.4f} to {high:+.4f}"
 
 
 def _ranking_chart(measured: Measured, metric: str) -> Chart:
@@ -233,8 +240,10 @@ def _model_first(figures: Mapping[str, Mapping[str, float]], metric: str) -> lis
 
 
 def _interval_of(measured: Measured, ranking: str) -> Mapping[str, Sequence[float]]:
-    # Baselines are measured without one.
-    return measured.get("model_intervals", {}) if ranking == "model" else {}
+    if ranking == "model":
+        return measured.get("model_intervals", {})
+    # Evaluations of earlier versions have those of the model alone.
+    return measured.get("baseline_intervals", {}).get(ranking, {})
 
 
 def _ends(ends: Sequence[float] | None) -> str:
@@ -441,8 +450,7 @@ def _by_length(measured: Measured, metric: str) -> Chart:
     words = {
         "recall": (
             "recall (share of right answers found, 0 to 1)",
-            "Recall is the share of the right answers that a list of K holds. The band around the "
-            "model is its interval; lines that stay inside it cannot be told from the model.",
+            "Recall is the share of the right answers that a list of K holds.",
         ),
         "ndcg": (
             "NDCG (0 to 1, more is better)",
@@ -451,11 +459,24 @@ def _by_length(measured: Measured, metric: str) -> Chart:
         ),
     }
     y_label, caption = words[metric]
+    # Evaluations of earlier versions may have none.
+    if any(len(line.low) for line in lines):
+        caption += (
+            f" The pale band around a line is its {LEVEL:.0%} interval: where it would lie if "
+            "other people had come. All are measured on the same people, so that lines may be told "
+            "apart though their bands overlap: the verdict goes by the difference."
+        )
     caption += " The names stand in the order of the right ends."
     rows = []
     for name in _best_first(figures, f"{metric}@{ks[0]}"):
-        values = figures[name]
-        rows.append([title_of(name), *(f"{values[f'{metric}@{k}']:.4f}" for k in ks)])
+        ends = _interval_of(measured, name)
+        cells = []
+        for k in ks:
+            cell = f"{figures[name][f'{metric}@{k}']:.4f}"
+            if f"{metric}@{k}" in ends:
+                cell += f" ({_ends(ends[f'{metric}@{k}'])})"
+            cells.append(cell)
+        rows.append([title_of(name), *cells])
     title = f"{metric.upper() if metric == 'ndcg' else metric.capitalize()} by length of the list"
     svg = line_chart(
         metric,

@@ -55,6 +55,7 @@ QUERY_TITLES = {
 
 _FIRST_COLUMNS = 56  # characters of the columns of a table before those of its baselines
 _FIGURE = 8  # characters of a figure
+_INTERVAL = 18  # characters of an interval, with the space before it
 
 
 def format_report(measured: Mapping[str, Any], ks: Sequence[int], width: int = 0) -> str:
@@ -82,9 +83,13 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int], width: int = 0
         if unanswerable:
             note = f", {unanswerable:,} without an answer that is left"
         lines += ["", f"{title} ({model['queries']:,} queries{note}):"]
-        intervals = measured.get(f"model_intervals{suffix}", {})
+        verdict = find_verdict(measured, f"recall@{min(ks)}", suffix)
+        intervals = {"model": measured.get(f"model_intervals{suffix}", {})}
+        # Of the model and the best baseline: with those of all a table would be too wide.
+        others = measured.get(f"baseline_intervals{suffix}", {})
+        intervals |= {name: ends for name, ends in others.items() if name == verdict.rival}
         lines += _beside_baselines(model, baselines, ks, intervals, width)
-        lines += _comparisons(model, intervals, baselines, min(ks))
+        lines += _comparisons(verdict, baselines)
     for name, title in NEW_TITLES.items():
         # Left out where the split has no such query: a table of zeros would say something else.
         if name in measured:
@@ -110,11 +115,13 @@ def _beside_baselines(
     model: Mapping[str, float],
     baselines: Mapping[str, Mapping[str, float]],
     ks: Sequence[int],
-    intervals: Mapping[str, Sequence[float]],
+    intervals: Mapping[str, Mapping[str, Sequence[float]]],
     width: int,
 ) -> list[str]:
     """Returns the table of the model and its baselines, and the names of those that do not fit."""
-    shown = _best_that_fit(baselines, f"recall@{min(ks)}", width)
+    # An interval of the best baseline takes the room of two or three others.
+    room = max(1, width - _INTERVAL) if width and len(intervals) > 1 else width
+    shown = _best_that_fit(baselines, f"recall@{min(ks)}", room)
     lines = [format_metrics({"model": model, **shown}, ks, intervals)]
     others = [_short_name(name) for name in baselines if name not in shown]
     if others:
@@ -153,7 +160,7 @@ def _label_lines(measured: Mapping[str, Any]) -> list[str]:
 def format_metrics(
     columns: Mapping[str, Mapping[str, float]],
     ks: Sequence[int],
-    intervals: Mapping[str, Sequence[float]] | None = None,
+    intervals: Mapping[str, Mapping[str, Sequence[float]]] | None = None,
 ) -> str:
     """Returns a table with a column for each ranking and a row for each metric.
 
@@ -163,7 +170,7 @@ def format_metrics(
     Args:
         columns: Title of a ranking -> its figures.
         ks: Lengths of the lists, rising.
-        intervals: Lower and upper ends of the figures of the first ranking, shown after them.
+        intervals: Title of some rankings -> lower and upper ends of its figures, shown after them.
     """
     first = next(iter(columns.values()))
     # Further metrics that were asked for; one without a length, such as AUC, is of the whole
@@ -174,16 +181,17 @@ def format_metrics(
         lengths = ks if name in EVERY_K_METRICS else ks[:1]
         names += [f"{name}@{k}" for k in lengths]
     names += [name for name in further if "@" not in name or name.endswith(f"@{ks[0]}")]
-    rows = []
-    for name in names:
-        row = [name, *(_figure(values, name) for values in columns.values())]
-        if intervals:
-            # After the model's own figure, which alone has one.
-            row.insert(2, _interval(intervals.get(name)))
-        rows.append(row)
-    header = ["", *map(_short_name, columns)]
-    if intervals:
-        header.insert(2, f"{LEVEL:.0%} interval")
+    header = [""]
+    rows = [[name] for name in names]
+    for title, values in columns.items():
+        ends = (intervals or {}).get(title)
+        header.append(_short_name(title))
+        if ends:
+            header.append(f"{LEVEL:.0%} interval")
+        for row, name in zip(rows, names):
+            row.append(_figure(values, name))
+            if ends:
+                row.append(_interval(ends.get(name)))
     return format_table(rows, header, align="lr")
 
 
@@ -363,18 +371,12 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _comparisons(
-    model: Mapping[str, float],
-    intervals: Mapping[str, Sequence[float]],
-    baselines: Mapping[str, Mapping[str, float]],
-    k: int,
-) -> list[str]:
+def _comparisons(verdict: Verdict, baselines: Mapping[str, Mapping[str, float]]) -> list[str]:
     """Returns lines that compare the model with the best baseline, with popularity and with the
     best that is possible."""
     lines = []
-    metric = f"recall@{k}"
-    recall = model[metric]
-    verdict = find_verdict(metric, model, intervals, baselines)
+    metric = verdict.metric
+    recall = verdict.value
     if verdict.rival:
         lines.append(_format_verdict(verdict))
     # Missing, or 0 in a tiny split: no ratio can be formed.
@@ -397,8 +399,7 @@ def format_summary(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """
     metric = f"recall@{min(ks)}"
     model = measured["model"]
-    intervals = measured.get("model_intervals", {})
-    verdict = find_verdict(metric, model, intervals, measured.get("baselines", {}))
+    verdict = find_verdict(measured, metric)
     if verdict.rival:
         return f"In short: {_format_verdict(verdict)}"
     return (
@@ -410,12 +411,18 @@ def format_summary(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
 def _format_verdict(verdict: Verdict) -> str:
     """Returns the sentence that compares the model with the best of the baselines."""
     figures = f"{verdict.metric} {verdict.value:.4f} against {verdict.rival_value:.4f}"
+    if verdict.difference:
+        low, high = verdict.difference
+        figures += (
+            f"; over the same users the difference is {low:+.4f} to {high:+.4f} ({LEVEL:.0%} "
+            "interval)"
+        )
     title = f"the best baseline, {_short_name(verdict.rival)}"
     if verdict.standing == "ahead":
         return f"The model is ahead of {title}: {figures}."
     if verdict.standing == "behind":
         return f"The model is BEHIND {title}: {figures}. Try {CURE}."
-    return f"The model cannot be told from {title}: {figures} lies within its interval."
+    return f"The model cannot be told from {title}: {figures}."
 
 
 def _index_line(index: Mapping[str, Any]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from twotower.evaluation.baselines.make import NO_RIVALS
 
@@ -24,6 +24,8 @@ class Verdict:
         high: Upper end.
         rival: Name of the best baseline; "" where none was measured.
         rival_value: Its figure.
+        difference: Ends of the interval of the model's figure less the rival's, paired over the
+            same users; None in figures of earlier versions.
     """
 
     metric: str
@@ -32,41 +34,37 @@ class Verdict:
     high: float
     rival: str = ""
     rival_value: float = 0.0
+    difference: tuple[float, float] | None = None
 
     @property
     def standing(self) -> Standing:
-        """Where the model stands."""
+        """Where the model stands: by the paired interval, which 0 lies in or does not."""
         if not self.rival:
             return "alone"
-        # By the model's interval, beside a figure without its own: a first look, for which
-        # `compare` has paired differences.
-        if self.low > self.rival_value:
+        low, high = self.difference or (self.low - self.rival_value, self.high - self.rival_value)
+        if low > 0:
             return "ahead"
-        return "behind" if self.high < self.rival_value else "even"
+        return "behind" if high < 0 else "even"
 
 
-def find_verdict(
-    metric: str,
-    model: Mapping[str, float],
-    intervals: Mapping[str, Sequence[float]],
-    baselines: Mapping[str, Mapping[str, float]],
-) -> Verdict:
+def find_verdict(measured: Mapping[str, Any], metric: str, suffix: str = "") -> Verdict:
     """Compares a figure of the model with that of the best baseline.
 
     Args:
+        measured: Figures of `twotower.evaluation.measure.measure_run`.
         metric: Name of the figure, such as "recall@10".
-        model: Figures of the model.
-        intervals: Lower and upper ends of some of them.
-        baselines: Name of a baseline -> its figures.
+        suffix: "" with seen items masked, "_unmasked" without.
     """
-    value = model[metric]
-    low, high = intervals.get(metric, (value, value))
+    value = measured[f"model{suffix}"][metric]
+    low, high = measured.get(f"model_intervals{suffix}", {}).get(metric, (value, value))
     rivals = {}
-    for name, figures in baselines.items():
+    for name, figures in measured.get(f"baselines{suffix}", {}).items():
         # Rankings that know the answers, or that nobody would serve, are shown and never the rival.
         if name not in NO_RIVALS:
             rivals[name] = figures[metric]
     if not rivals:
         return Verdict(metric, value, low, high)
     best = max(rivals, key=rivals.__getitem__)
-    return Verdict(metric, value, low, high, best, rivals[best])
+    ends = measured.get(f"baseline_differences{suffix}", {}).get(best, {}).get(metric)
+    difference = tuple(ends) if ends else None
+    return Verdict(metric, value, low, high, best, rivals[best], difference)
