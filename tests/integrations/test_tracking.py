@@ -231,11 +231,14 @@ def test_a_store_that_refuses_what_a_training_ends_with_costs_one_warning(
             start()
             raise PreemptedError("stopped")
     # Away to the end, which was said when the training began: what it makes is made.
+    (shop / "mlflow.json").unlink()
     monkeypatch.setattr(tracking.Recorder, "link", refuse)
     with follow(shop, destination, conclude=lambda: made.append(3)) as start:
         start()
     assert made == [1, 3] and len(warnings) == 2
     assert "The training goes on" in warnings[1]
+    # The folder does not know where it was to be logged.
+    assert warnings[1].endswith(f"--bundle --tracking_uri={store} --experiment_name=ends")
 
 
 def test_a_training_that_was_never_logged_is_not_logged(shop):

@@ -20,7 +20,9 @@ from twotower.core.install import command
 from twotower.integrations.mlflow_store import (
     Destination,
     check_address,
+    hide_password,
     linked_destination,
+    read_link,
     require_mlflow,
     resolve_uri,
 )
@@ -212,7 +214,16 @@ class LiveTracking:
 
     def _cure(self) -> str:
         """Returns the command that logs what was missed."""
-        return command("track", f"--workdir={self._recorder.workdir}", "--bundle")
+        recorder = self._recorder
+        arguments = [f"--workdir={recorder.workdir}", "--bundle"]
+        # Until the store has answered once, the folder does not say where it is logged to.
+        if read_link(recorder.workdir) is None:
+            destination = recorder.destination
+            arguments.append(f"--tracking_uri={hide_password(recorder.uri)}")
+            arguments.append(f"--experiment_name={destination.experiment}")
+            if destination.run_name:
+                arguments.append(f"--run_name={destination.run_name}")
+        return command("track", *arguments)
 
 
 def _reason(error: Exception) -> str:
