@@ -191,6 +191,12 @@ def _measure_rankings(
         masked[name] = evaluations[0]
         for suffix, evaluation in zip(SUFFIXES, evaluations):
             values[suffix][name] = evaluation.values
+            # Those of masked lists are kept anyway; of the others half the bytes are enough, since
+            # resamples are summed in float32.
+            if evaluation is not evaluations[0]:
+                values[suffix][name] = {
+                    key: column.astype(np.float32) for key, column in evaluation.values.items()
+                }
             # The same of all rankings: it is the queries that have an answer or none.
             is_averaged[suffix] = evaluation.is_averaged
             if name != "model":
