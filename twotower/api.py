@@ -53,6 +53,7 @@ from twotower.evaluation.evaluate import (
 )
 from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.query_table import record_name
+from twotower.evaluation.repeat import given_options
 from twotower.evaluation.report.comparison import write_comparison
 from twotower.evaluation.report.text import format_report
 from twotower.evaluation.report.write import check_report
@@ -884,14 +885,19 @@ def baseline_path(run: Run, name: str) -> Path:
 def _figures(run: Run) -> dict[str, Any]:
     """Returns what was measured of a checkpoint, for the manifest of its bundle."""
     figures: dict[str, Any] = {"validation": dict(run.validated)}
+    intervals: dict[str, Any] = {}
     path = metrics_path(run.workdir, "test")
     if path.exists():
         measured = read_json(path)
         # Figures of another checkpoint say nothing of this one.
         if measured["protocol"]["step"] == run.step:
             figures["test"] = measured["model"]
+            intervals["test"] = measured.get("model_intervals", {})
     entries: dict[str, Any] = {
-        "figures": {part: values for part, values in figures.items() if values}
+        # Of the folder its own name alone: where it lies is nobody's business.
+        "run": run.workdir.resolve().name,
+        "figures": {part: values for part, values in figures.items() if values},
+        "intervals": {part: values for part, values in intervals.items() if values},
     }
     record = refitting.read_record(run.workdir)
     if record is not None:
@@ -967,6 +973,8 @@ def evaluate(
     Returns:
         The figures by name, as `twotower.evaluation.measure.measure_run` returns them.
     """
+    # First: there is nothing yet but the arguments.
+    options = given_options(evaluate, locals())
     ks = tuple(ks) or run.config.evaluation.ks
     # Loaded before the long part: a damaged bundle is refused at once.
     folder = run.workdir / BUNDLE
@@ -975,7 +983,7 @@ def evaluate(
         # Its index alone is measured.
         retriever = Retriever.load(folder, load_towers=False)
     run = dataclasses.replace(run, weights=shard_weights(run.weights, devices))
-    options = BaselineOptions(
+    rivals = BaselineOptions(
         tuple(without_baselines), parse_window(popularity_window), quantile_threshold
     )
     measured = measure.measure_run(
@@ -984,7 +992,7 @@ def evaluate(
         split=split,
         targets=targets,
         baselines=baselines,
-        baseline_options=options,
+        baseline_options=rivals,
         max_queries=max_queries,
         popularity_weights=popularity_weights,
         slices=slices,
@@ -1001,6 +1009,8 @@ def evaluate(
     tuning = read_tuning(run.workdir)
     if tuning is not None:
         measured["tuning"] = tuning
+    # The report shows the command that repeats the figures.
+    measured["options"] = options
     measure.write_metrics(measured, measured_path(run, measured))
     if log:
         log_linked(run.workdir)

@@ -88,7 +88,9 @@ def test_evaluate_writes_what_it_prints(exported):
         "health",
         "baseline_choices",
         "index",
+        "options",
     }
+    assert measured["options"] == {"k": [5, 10], "baselines": True}
     assert set(measured["baselines"]) == {
         "random",
         "popularity",

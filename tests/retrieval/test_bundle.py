@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import json
+import re
 import shutil
 
 import jax
@@ -17,6 +18,7 @@ from twotower.core import files
 from twotower.core.errors import BundleError, ConfigError
 from twotower.core.files import LOCK, current_version
 from twotower.core.kinds import importing, read_record
+from twotower.evaluation.intervals import LEVEL
 from twotower.objectives.losses import LOSSES
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval import embed as embed_module
@@ -56,7 +58,11 @@ def vectors(run, side, features):
 
 
 def test_the_manifest_says_what_the_model_saw_and_whom_it_knows(run, tmp_path):
-    figures = {"figures": {"validation": {"ndcg@10": 0.25}}}
+    figures = {
+        "run": "my shop",
+        "figures": {"validation": {"ndcg@10": 0.25}, "test": {"recall@10": 0.125}},
+        "intervals": {"test": {"recall@10": [0.1, 0.1625]}},
+    }
     bundle = export(run, tmp_path / "bundle", figures=figures)
     manifest = load_bundle(bundle.folder).manifest
     assert manifest["figures"] == figures["figures"]
@@ -82,6 +88,13 @@ def test_the_manifest_says_what_the_model_saw_and_whom_it_knows(run, tmp_path):
     assert f"{manifest['num_items']:,} items" in card and "0.2500" in card
     assert f"- train: {len(prepared.train):,} rows, {manifest['data']['train']['from']}" in card
     assert "- users.parquet: user_id, city, event" in card
+    # What was measured with its interval, and the commands without the folder of anybody.
+    assert re.search(r"test +recall@10 +0.1250 +0.1000 to 0.1625\n", card)
+    assert re.search(r"validation +ndcg@10 +0.2500 +-\n", card)
+    assert f"value  {LEVEL:.0%} interval\n" in card
+    assert "twotower train --workdir='runs/my shop'\n" in card
+    assert f"twotower export --workdir='runs/my shop' --checkpoint={run.step}\n" in card
+    assert str(run.workdir) not in card and str(tmp_path) not in card
     assert manifest["files"]["README.md"] == files.digest(files_of_bundle / "README.md")
 
 

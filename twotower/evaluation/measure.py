@@ -391,9 +391,23 @@ def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:
 
 
 def write_metrics(measured: Mapping[str, Any], path: Path) -> None:
-    """Writes figures as JSON, whole or not at all."""
+    """Writes figures as JSON, whole or not at all; those of no query as null."""
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(measured, indent=2) + "\n")
+        temporary.write_text(json.dumps(_null_where_unasked(measured), indent=2) + "\n")
+
+
+def _null_where_unasked(tree: Any) -> Any:
+    """Returns figures in which those that no query is behind are None, and not 0."""
+    if isinstance(tree, (list, tuple)):
+        return [_null_where_unasked(value) for value in tree]
+    if not isinstance(tree, Mapping):
+        return tree
+    # Counts are whole numbers and stay: that there are none is what they say.
+    is_unasked = tree.get("queries") == 0
+    return {
+        name: None if is_unasked and isinstance(value, float) else _null_where_unasked(value)
+        for name, value in tree.items()
+    }
 
 
 def describe_choices(baselines: Baselines) -> Measured:

@@ -208,9 +208,10 @@ def _rows(
     row: Mapping[str, Any], figures: Mapping[str, Any], intervals: Mapping[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yields the rows of one system: recall@10 is the metric recall at k = 10."""
+    is_unasked = not figures.get("queries", 1)
     for name, value in figures.items():
-        # "-" stands where nothing was asked.
-        if not isinstance(value, (int, float)):
+        # In a file they are null where nothing was asked; 0 would be a figure.
+        if not isinstance(value, (int, float)) or (is_unasked and isinstance(value, float)):
             continue
         metric, _, k = name.partition("@")
         low, high = intervals.get(name) or (None, None)

@@ -53,7 +53,7 @@ PARAMS_PER_REQUEST = 100
 MAX_PARAM_CHARACTERS = 6_000
 # Figures of an evaluation that are no metrics of a run: there are thousands of them. They are in
 # the file that is logged, and in the results table.
-NO_METRICS = ("protocol", "slices")
+NO_METRICS = ("protocol", "options", "slices")
 
 
 def track(

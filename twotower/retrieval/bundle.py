@@ -101,7 +101,7 @@ GOLDEN = "golden.json"
 # Settings of the index that the manifest records; those of a graph where it is one.
 INDEX_SETTINGS = ("kind", "target_recall", "hnsw_m", "hnsw_ef_construction")
 # Entries of the manifest that were measured on the run, at its export.
-OF_THE_RUN = ("against_full", "baseline", "data", "figures", "refit")
+OF_THE_RUN = ("against_full", "baseline", "data", "figures", "intervals", "refit", "run")
 INDEXED = ("vectors", "scales")  # item_*.npy that the index was built from
 
 

@@ -5,12 +5,14 @@ It says what the manifest holds, in words, and nothing that differs from one exp
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from twotower.core.tables import format_table
 
 CARD = "README.md"
+INTERVAL = "95% interval"  # at the level of evaluation, which this module may not read
 METRICS = ("recall@", "ndcg@", "mrr@")  # figures that a card shows, of all that were measured
 
 
@@ -27,7 +29,7 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         "## Data",
         "\n".join(_data_lines(manifest.get("data", {}))),
         "## Measured",
-        _measured(manifest.get("figures", {})),
+        _measured(manifest.get("figures", {}), manifest.get("intervals", {})),
         manifest.get("tuned", ""),
         "## Intended use",
         f"Lists of items that a user may want next, from the corpus above. {_scores(manifest)}",
@@ -37,6 +39,8 @@ def format_card(manifest: Mapping[str, Any]) -> str:
         "log, and not for what showing the lists would change.",
         "## Personal data",
         _personal(manifest.get("personal", {})),
+        "## Commands",
+        _commands(manifest),
         "## Use",
         "```python\nimport twotower as tt\n\n"
         'tt.Retriever.load("bundle").recommend("USER", k=10)\n```',
@@ -77,17 +81,46 @@ def _data_lines(data: Mapping[str, Any]) -> list[str]:
     return lines or ["Nothing is known of the data."]
 
 
-def _measured(figures: Mapping[str, Mapping[str, Any]]) -> str:
+def _commands(manifest: Mapping[str, Any]) -> str:
+    """Returns the commands that train the run anew and export it, from the bundle's folder."""
+    # Where the run lies may tell of a person or a customer: the name of its folder alone.
+    folder = shlex.quote(f"runs/{manifest.get('run', 'mine')}")
+    export = [f"--workdir={folder}"]
+    baseline = manifest.get("baseline")
+    if baseline:
+        export.append(f"--baseline={baseline['name']}")
+    else:
+        # By number: a later training may have another best one.
+        export.append(f"--checkpoint={manifest['step']}")
+    lines = [
+        f"mkdir -p {folder} && cp config.json {folder}/",
+        f"twotower train --workdir={folder}",
+        " ".join(["twotower export", *export]),
+    ]
+    script = "\n".join(lines)
+    return (
+        "The configuration is `config.json` beside this card; the tables that it names must lie "
+        "where it says. From this folder, trained anew:\n\n"
+        f"```bash\n{script}\n```"
+    )
+
+
+def _measured(
+    figures: Mapping[str, Mapping[str, Any]], intervals: Mapping[str, Mapping[str, Any]]
+) -> str:
     """Returns what was measured of the checkpoint that the bundle holds."""
     rows = []
     for part, values in figures.items():
         for name, value in values.items():
             # Figures of a checkpoint hold more than a page of them.
             if name.startswith(METRICS) and isinstance(value, (int, float)):
-                rows.append([part, name, f"{value:.4f}"])
+                ends = intervals.get(part, {}).get(name)
+                # Validations and samples have none.
+                between = f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "-"
+                rows.append([part, name, f"{value:.4f}", between])
     if not rows:
         return "Nothing was measured of this checkpoint."
-    table = format_table(rows, ["rows", "metric", "value"], align="llr")
+    table = format_table(rows, ["rows", "metric", "value", INTERVAL], align="llrl")
     return f"Over the whole corpus, without items that the user had before:\n\n```\n{table}\n```"
 
 

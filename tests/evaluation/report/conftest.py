@@ -27,6 +27,37 @@ ARABIC = "سوار فضي من دار الهلال"
 # A title of data may end an element, look like a formula, or be without an end.
 TITLES = (SCRIPT, ARABIC, "</style><b>bold $5 & $6", "a title that does not end " * 20)
 KS = (5, 10)
+# What a run with labels, and one that was asked for sanity, have measured.
+LABELS = {
+    "auc": 0.7321,
+    "log_loss": 0.41,
+    "calibration_error": 0.02,
+    "rows": 1500,
+    "calibration_curve": [
+        {"from": 0.1, "to": 0.2, "rows": 1100, "predicted": 0.15, "observed": 0.1312},
+        {"from": 0.6, "to": 0.7, "rows": 400, "predicted": 0.66, "observed": 0.7},
+    ],
+}
+SANITY = {
+    "titles": {
+        "column": "title",
+        "auc": 0.815,
+        "interval": [0.79, 0.84],
+        "pairs": 640,
+        "examples": [[ARABIC, SCRIPT, 0.9312]],
+    },
+    "categories": {
+        "column": "category",
+        "events": 5,
+        "k": 10,
+        "share": 0.62,
+        "interval": [0.5, 0.7],
+        "chance": 0.081,
+        "categories": 9,
+        "examples": [["rings", 0.7, ["gold ring", SCRIPT]]],
+    },
+    "cannot": ["Brands were not asked for."],
+}
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +110,10 @@ def measured(run):
         },
         "popularity_weights": {"0": model, "0.05": model, "0.1": model},
         "health": {"hubness": {"skewness": 1.25}, "mean_cosine": 0.02},
+        "labels": LABELS,
+        "heads": {"like": {"auc": 0.61, "log_loss": 0.5, "rows": 1200}},
+        "sanity": SANITY,
+        "baseline_choices": {"popularity": {"setting": "half-life 7 days", "tried": 5}},
     }
 
 

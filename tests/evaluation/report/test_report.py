@@ -4,29 +4,41 @@ import base64
 import dataclasses
 import hashlib
 import html
+import inspect
 import json
 import re
+import shlex
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.evaluation.report.conftest import ARABIC, SCRIPT, TITLES
+from tests.evaluation.report.conftest import ARABIC, LABELS, SANITY, SCRIPT, TITLES
+from twotower import api
+from twotower.commands.evaluation.evaluate import FLAGS
 from twotower.core.arrays import Ragged
 from twotower.core.errors import ConfigError
+from twotower.evaluation.measure import write_metrics
 from twotower.evaluation.queries import Queries
+from twotower.evaluation.repeat import given_options
 from twotower.evaluation.report import people, quality
+from twotower.evaluation.report.besides_lists import labels_section, sanity_section
 from twotower.evaluation.report.figures import Points, scatter_chart
 from twotower.evaluation.report.neighbourhoods import umap_charts
 from twotower.evaluation.report.page import Section, Table, render_page, table
 from twotower.evaluation.report.quality import hero
+from twotower.evaluation.report.text import format_summary
 from twotower.evaluation.report.vectors import storage_recall
 from twotower.evaluation.report.verdict import Verdict, find_verdict
 from twotower.evaluation.report.write import check_report, write_report
+from twotower.integrations.results import figure_rows
 from twotower.retrieval.item_map.plane import Grouping
 
-KINDS = ("verdict", "protocol", "learning", "lists", "space", "index", "health", "people", "data")
+KINDS = (
+    *("verdict", "protocol", "learning", "lists", "labels", "sanity", "space", "index", "health"),
+    *("people", "data"),
+)
 
 
 def measured_as(model, low, high, **baselines):
@@ -261,3 +273,140 @@ def test_rounding_loses_less_than_cutting_and_nothing_is_lost_whole():
     assert found["float32", 16] == (64, 1.0)
     assert found["int8", 16][0] == 20
     assert found["int8", 16][1] > 0.9 > found["float32", 8][1] > found["float32", 4][1]
+
+
+def text_of(part):
+    """The words of a part of the page, a space between any two elements."""
+    return " ".join(html.unescape(re.sub("<[^>]+>", " ", part)).split())
+
+
+def test_labels_heads_and_the_calibration_curve_are_shown():
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    heads = {"like": {"auc": 0.61, "rows": 1200}}
+    part = labels_section({"labels": LABELS, "heads": heads}).html()
+    said = text_of(part)
+    # A metric that a head has not is no 0.
+    assert "auc 0.7321 0.6100" in said and "log loss 0.4100 -" in said
+    assert "rows with a label 1,500 1,200" in said
+    assert "0.10 to 0.20 1,100 0.1500 0.1312" in said and "0.60 to 0.70 400" in said
+    assert part.count("<figcaption") == 1 and "promises too much" in said
+    assert "<figure" not in labels_section({"heads": heads}).html()
+    assert labels_section({}) is None
+
+
+def test_sanity_is_shown_with_examples_and_what_could_not_be_asked():
+    part = sanity_section(SANITY).html()
+    said = text_of(part)
+    assert "81.5% 79.0% to 84.0% 50.0% 640 pairs" in said
+    assert "62.0% 50.0% to 70.0% 8.1% 9 categories" in said
+    assert "rings 70.0% gold ring; " in said and ARABIC in said and "0.93" in said
+    assert "Brands were not asked for." in said and SCRIPT not in part
+    # Nothing was like anything: examples alone.
+    few = {"titles": {"column": "title", "pairs": 0, "examples": []}, "cannot": []}
+    assert "- - 50.0% 0 pairs" in text_of(sanity_section(few).html())
+    assert sanity_section(None) is None
+
+
+def test_settings_and_the_number_tried_stand_beside_tuned_figures():
+    pytest.importorskip("matplotlib", reason="the extra plots is not installed")
+    measured = measured_as(0.25, 0.2, 0.3, ease=0.1, popularity=0.05)
+    measured["baseline_choices"] = {"ease": {"setting": "ridge 100.0", "tried": 9}}
+    measured["tuning"] = {"tried": 40, "metric": "recall@10", "value": 0.3}
+    said = text_of(hero(measured, "runs/x", None))
+    best = "ridge 100.0, the best of 9 on validation"
+    assert f"% more; {best}" in said and f"EASE 0.1000 - {best}" in said
+    assert "popularity 0.0500 - -" in said
+    assert "0.2000 to 0.3000 its configuration, the best of 40 on validation" in said
+
+
+PROTOCOL = {"query": "user", "split": "test", "items": 50, "asked": 9, "available": 9, "step": 7}
+
+
+def test_a_further_test_set_says_what_it_does_not_know():
+    measured = measured_as(0.25, 0.2, 0.3) | {"protocol": PROTOCOL}
+    measured["test_set"] = {
+        "name": "july",
+        "source": "july.csv",
+        "rows": 400,
+        "unknown_users": 31,
+        "rows_of_unknown_items": 20,
+        "notes": ["12 of 412 rows without a time are left out."],
+    }
+    said = text_of(quality.how_measured(measured, {}, "runs/x").html())
+    assert "31 users are not in the log, and 20 rows (5.0%)" in said
+    assert "12 of 412 rows without a time are left out." in said
+    assert "--test=july.csv --test_name=july" in said
+
+
+# Each option of the command that changes a figure, in a form that no default has.
+GIVEN = {
+    "split": "validation",
+    "targets": "successive",
+    "baselines": True,
+    "without_baselines": ["ease", "als"],
+    "popularity_window": "30d",
+    "quantile_threshold": 0.0,
+    "max_queries": 200,
+    "popularity_weights": (0.0, 0.05),
+    "slices": ["country", "item.two words"],
+    "further_metrics": ["auc", "distinct.brand"],
+    "sanity": True,
+    "sanity_columns": ("", "brand"),
+    "devices": 2,
+}
+# Flags that say where figures and pages go, and not what is measured.
+ELSEWHERE = {"tracking_uri", "history", "results_table", "bigquery", "sanity_title"}
+
+
+def test_the_command_has_every_option_that_was_given():
+    call = {"run": None, "ks": (5, 10), "log": False, **GIVEN}
+    # An option that is new must be tried here.
+    assert set(call) == set(inspect.signature(api.evaluate).parameters)
+    measured = measured_as(0.25, 0.2, 0.3) | {"protocol": PROTOCOL}
+    measured["test_set"] = {"name": "sale", "source": "july.csv", "rows": 1, "notes": []}
+    measured["test_set"] |= {"unknown_users": 0, "rows_of_unknown_items": 0}
+    # As a file gives it back.
+    measured["options"] = json.loads(json.dumps(given_options(api.evaluate, call)))
+    drawn = {"report_columns": ["brand"], "report_umap": True}
+    config = {"retrieval": {"dim": 32}}
+    page = quality.how_measured(measured, config, "runs/x", drawn).html()
+    line = html.unescape(re.sub("</?span[^>]*>", "", re.search("<code>(.*?)</code>", page)[1]))
+    flags = shlex.split(line.partition("evaluate")[2])
+    values: dict[str, str] = {}
+    for flag in flags:
+        key, _, value = flag.removeprefix("--").partition("=")
+        values[key] = value
+    of_mlflow = {flag for flag in FLAGS if flag.startswith("mlflow_")}
+    assert set(values) == set(FLAGS) - ELSEWHERE - of_mlflow
+    assert values["slices"] == "country,item.two words" and values["queries"] == "200"
+    assert values["quantile_threshold"] == "0.0" and values["popularity_weights"] == "0.0,0.05"
+    assert values["checkpoint"] == "7" and values["dim"] == "32" and values["k"] == "5,10"
+    parameters = inspect.signature(api.evaluate).parameters
+    usual = {name: parameter.default for name, parameter in parameters.items()}
+    assert given_options(api.evaluate, usual) == {}
+
+
+def test_where_nothing_was_asked_nothing_is_said_to_be_found(tmp_path):
+    figures = {"recall@10": 0.0, "coverage@10": 0.0, "queries": 0, "queries_without_answer": 12}
+    measured = measured_as(0.0, 0.0, 0.0) | {
+        "protocol": PROTOCOL,
+        "model": figures,
+        "model_intervals": {},
+        "baselines": {"ease": figures},
+    }
+    said = text_of(hero(measured, "runs/x", None))
+    said += text_of(quality.lists(measured, "runs/x").html()) + format_summary(measured, [10])
+    assert said.lower().count("nothing was asked, as no query has a right answer") == 3
+    assert "12 queries have no right answer left" in said and "recall@10 -" in said
+    assert not re.search(r"0\.0000|0%|cannot be told|best baseline", said)
+    write_metrics(measured, tmp_path / "metrics.json")
+    written = json.loads((tmp_path / "metrics.json").read_text())
+    nothing = figures | {"recall@10": None, "coverage@10": None}
+    assert written["model"] == written["baselines"]["ease"] == nothing
+    for kept in (measured, written):
+        metrics = {row["metric"] for row in figure_rows(kept)}
+        assert metrics == {"queries", "queries_without_answer"}
+    # With queries a figure of 0 is one.
+    figures["queries"] = 3
+    write_metrics(measured, tmp_path / "metrics.json")
+    assert json.loads((tmp_path / "metrics.json").read_text())["model"] == figures

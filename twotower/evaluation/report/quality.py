@@ -12,7 +12,9 @@ from twotower.config import Config, non_defaults
 from twotower.core.install import command
 from twotower.data.report import DataReport
 from twotower.evaluation.audits.base import spoken_sentences
+from twotower.evaluation.baselines.tuning import Choice
 from twotower.evaluation.intervals import LEVEL
+from twotower.evaluation.repeat import evaluate_command
 from twotower.evaluation.report.figures import (
     Line,
     Mark,
@@ -34,7 +36,15 @@ from twotower.evaluation.report.page import (
     prose,
     table,
 )
-from twotower.evaluation.report.verdict import CURE, Standing, Verdict, find_verdict
+from twotower.evaluation.report.text import test_set_lines
+from twotower.evaluation.report.verdict import (
+    CURE,
+    NOTHING_ASKED,
+    Standing,
+    Verdict,
+    find_verdict,
+    was_asked,
+)
 from twotower.evaluation.tuned import describe_tuning
 
 Measured = Mapping[str, Any]
@@ -86,6 +96,10 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
     # The shortest lists are what somebody sees without scrolling, and recall is what everybody
     # understands.
     metric = f"recall@{list_lengths(measured)[0]}"
+    # Above the figures and not in a footnote: what speaks against them must be met first.
+    warnings = [_warning(text) for text in find_warnings(measured, data_report)]
+    if not was_asked(measured["model"]):
+        return _unasked_hero(measured, metric, warnings)
     verdict = find_verdict(measured, metric)
     standing = verdict.standing
     sentence = SENTENCES[standing].format(name=title_of(verdict.rival))
@@ -99,6 +113,9 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
     ]
     if verdict.rival:
         beside = _difference(verdict)
+        choice = measured.get("baseline_choices", {}).get(verdict.rival)
+        if choice is not None:
+            beside += f"; {_setting(choice)}"
         title = f"Best baseline, {title_of(verdict.rival)}"
         numbers.append(big_number(title, f"{verdict.rival_value:.4f}", beside))
     # The one figure in words, for somebody who has never heard of recall.
@@ -106,8 +123,6 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
         f"On average, {verdict.value:.0%} of what a person really took was among the {k} items "
         f"that the model put first for them, out of {measured['protocol']['items']:,}."
     )
-    # Above the figures and not in a footnote: what speaks against them must be met first.
-    warnings = [_warning(text) for text in find_warnings(measured, data_report)]
     if "tuning" in measured:
         meaning += f" {describe_tuning(measured['tuning'])}"
     evaluate = command("evaluate", f"--workdir={workdir}", "--baselines", "--report")
@@ -127,6 +142,27 @@ def hero(measured: Measured, workdir: str, data_report: DataReport | None) -> st
         '<section class="hero" id="verdict" aria-label="Verdict">'
         f'<div class="grid"><div>{left}</div>{chart}</div></section>'
     )
+
+
+def _unasked_hero(measured: Measured, metric: str, warnings: Sequence[str]) -> str:
+    """Returns the verdict where there was no query, which has neither a figure nor a chart."""
+    number = big_number(f"Model, {metric}", "-", "nothing was asked")
+    unanswered = measured["model"].get("queries_without_answer", 0)
+    meaning = (
+        f"{unanswered:,} queries have no right answer left among the items when those are taken "
+        "out that the person had before. Figures need rows that hold something new."
+    )
+    return (
+        '<section class="hero" id="verdict" aria-label="Verdict"><p class="verdict alone">'
+        f'<span aria-hidden="true">{SIGNS["alone"]} </span>'
+        f"{escape(NOTHING_ASKED.capitalize())}</p>{''.join(warnings)}"
+        f'<dl class="numbers">{number}</dl>{paragraph(meaning)}</section>'
+    )
+
+
+def _setting(choice: Mapping[str, Any]) -> str:
+    """Returns the setting of a baseline, with how many validation chose from."""
+    return str(Choice(**choice))
 
 
 def find_warnings(measured: Measured, data_report: DataReport | None) -> list[str]:
@@ -197,6 +233,10 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
     figures = _rankings(measured)
     # The model stands where it belongs among the others, and is marked.
     order = _best_first(figures, metric)
+    # Beside every tuned figure: each setting tried finds some of it by chance.
+    choices = dict(measured.get("baseline_choices", {}))
+    if "tuning" in measured:
+        choices["model"] = {"setting": "its configuration", "tried": measured["tuning"]["tried"]}
     marks = []
     rows = []
     for name in order:
@@ -204,7 +244,8 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
         ends = _interval_of(measured, name).get(metric)
         low, high = ends or (None, None)
         marks.append(Mark(title_of(name), value, low, high, strong=name == "model"))
-        rows.append([title_of(name), f"{value:.4f}", _ends(ends)])
+        setting = _setting(choices[name]) if name in choices else "-"
+        rows.append([title_of(name), f"{value:.4f}", _ends(ends), setting])
     caption = (
         f"Each row is one way to make lists; further right is better. The pale bar is the "
         f"{LEVEL:.0%} interval: where the mean would lie if other people of the same kind had come."
@@ -219,7 +260,7 @@ def _ranking_chart(measured: Measured, metric: str) -> Chart:
             "them."
         )
     svg = row_chart("ranking", marks, x_label=f"{metric} (share of right answers found, 0 to 1)")
-    header = ["", metric, f"{LEVEL:.0%} interval"]
+    header = ["", metric, f"{LEVEL:.0%} interval", "setting"]
     return Chart("ranking", f"{metric}, model and baselines", svg, caption, Table(header, rows, ""))
 
 
@@ -271,8 +312,20 @@ def _answer_sentences(measured: Measured) -> list[str]:
     return sentences
 
 
-def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) -> Section:
-    """Returns the protocol, the command and the configuration."""
+def how_measured(
+    measured: Measured,
+    config: Mapping[str, Any],
+    workdir: str,
+    drawn: Mapping[str, Any] | None = None,
+) -> Section:
+    """Returns the protocol, the command and the configuration.
+
+    Args:
+        measured: Figures of the run.
+        config: Its configuration.
+        workdir: Its folder.
+        drawn: Flags that the page was drawn with.
+    """
     protocol = measured["protocol"]
     query = QUERIES.get(protocol["query"], "query")
     rows = protocol.get("test_set", protocol["split"])
@@ -284,6 +337,7 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
         "Items that the person had before are taken out of the lists; of equal scores the wrong "
         "item goes first.",
     ]
+    sentences += [line.strip() for line in test_set_lines(measured.get("test_set", {}))]
     sentences += _answer_sentences(measured)
     for audit in measured.get("audits", {}).values():
         # Audits that speak against the figures stand on top of the page; here are those that found
@@ -300,19 +354,7 @@ def how_measured(measured: Measured, config: Mapping[str, Any], workdir: str) ->
                 "How the split leaks", table(Table(["kind", "what"], rows_of_leaks, caption))
             )
         ]
-    # Only the flags that changed something, as somebody would write them.
-    flags = [f"--workdir={workdir}", f"--k={','.join(map(str, list_lengths(measured)))}"]
-    if protocol["split"] != "test":
-        flags.append(f"--split={protocol['split']}")
-    if "test_set" in measured:
-        flags.append(f"--test={measured['test_set']['source']}")
-    if "targets" in protocol:
-        flags.append(f"--targets={protocol['targets']}")
-    if measured.get("baselines"):
-        flags.append("--baselines")
-    if protocol["asked"] < protocol["available"]:
-        flags.append(f"--queries={protocol['asked']}")
-    line = command("evaluate", *flags, "--report")
+    line = evaluate_command(measured, config, workdir, drawn)
     # What was set first: of the hundreds of options most have their defaults.
     changed = non_defaults(config, dataclasses.asdict(Config()))
     inside = (
@@ -404,6 +446,9 @@ def _curve(
 
 def lists(measured: Measured, workdir: str) -> Section:
     """Returns metrics by the length of lists, by slice, and beyond accuracy."""
+    title = "How good the lists are"
+    if not was_asked(measured["model"]):
+        return Section("lists", title, "", [paragraph(NOTHING_ASKED.capitalize(), "note")])
     # Recall beside NDCG: a model may be ahead in one and behind in the other.
     blocks = [charts([_by_length(measured, "recall"), _by_length(measured, "ndcg")])]
     run_again = [f"--workdir={workdir}", "--baselines", "--report"]
@@ -423,9 +468,17 @@ def lists(measured: Measured, workdir: str) -> Section:
         weighed = command("evaluate", *run_again, "--popularity_weights=0,.02,.05,.1")
         blocks.append(missing_note("Lists with popularity weighed were not measured.", weighed))
     blocks.append(collapsible("All figures", table(_all_figures(measured))))
+    choices = measured.get("baseline_choices", {})
+    if choices:
+        rows = [
+            [title_of(name), one["setting"], f"{one['tried']:,}"] for name, one in choices.items()
+        ]
+        header = ["baseline", "setting", "settings tried on validation"]
+        settings = Table(header, rows, "How the baselines were set")
+        blocks.append(collapsible("Settings of the baselines", table(settings)))
     return Section(
         "lists",
-        "How good the lists are",
+        title,
         "Longer lists find more; what matters is who finds more at the same length, for whom, and "
         "whether everybody is shown the same few things.",
         blocks,

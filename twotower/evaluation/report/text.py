@@ -21,7 +21,13 @@ from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.measure import INDEX_K
 from twotower.evaluation.metrics import CORPUS_METRICS, LIST_METRICS, RANKING_METRICS
 from twotower.evaluation.report.slice_table import format_slices
-from twotower.evaluation.report.verdict import CURE, Verdict, find_verdict
+from twotower.evaluation.report.verdict import (
+    CURE,
+    NOTHING_ASKED,
+    Verdict,
+    find_verdict,
+    was_asked,
+)
 from twotower.evaluation.tuned import describe_tuning
 from twotower.index.base import Index
 from twotower.index.shards.divided import DividedIndex
@@ -70,7 +76,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int], width: int = 0
     # First: they say what every figure below is worth, whatever the model is.
     spoken = spoken_sentences(measured.get("audits", {}))
     lines = [f"WARNING: {sentence}" for sentence in spoken]
-    lines += _test_set_lines(measured.get("test_set", {}))
+    lines += test_set_lines(measured.get("test_set", {}))
     lines += _protocol_lines(measured["protocol"])
     if "tuning" in measured:
         lines.append(describe_tuning(measured["tuning"]))
@@ -89,7 +95,7 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int], width: int = 0
         others = measured.get(f"baseline_intervals{suffix}", {})
         intervals |= {name: ends for name, ends in others.items() if name == verdict.rival}
         lines += _beside_baselines(model, baselines, ks, intervals, width)
-        lines += _comparisons(verdict, baselines)
+        lines += _comparisons(verdict, model, baselines)
     for name, title in NEW_TITLES.items():
         # Left out where the split has no such query: a table of zeros would say something else.
         if name in measured:
@@ -341,7 +347,7 @@ def _loss_line(bundle: Bundle) -> str:
     return f"{stored} against {full}, exact lists of {users}: {', '.join(metrics)}."
 
 
-def _test_set_lines(test_set: Mapping[str, Any]) -> list[str]:
+def test_set_lines(test_set: Mapping[str, Any]) -> list[str]:
     """Returns what a reader must know of a further test set; nothing of the rows of the log."""
     if not test_set:
         return []
@@ -371,9 +377,14 @@ def _protocol_lines(protocol: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _comparisons(verdict: Verdict, baselines: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _comparisons(
+    verdict: Verdict, model: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]
+) -> list[str]:
     """Returns lines that compare the model with the best baseline, with popularity and with the
     best that is possible."""
+    # The table says "-" of each figure.
+    if not was_asked(model):
+        return []
     lines = []
     metric = verdict.metric
     recall = verdict.value
@@ -399,6 +410,8 @@ def format_summary(measured: Mapping[str, Any], ks: Sequence[int]) -> str:
     """
     metric = f"recall@{min(ks)}"
     model = measured["model"]
+    if not was_asked(model):
+        return f"In short: {metric} -: {NOTHING_ASKED}"
     verdict = find_verdict(measured, metric)
     if verdict.rival:
         return f"In short: {_format_verdict(verdict)}"

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from twotower.evaluation.baselines.make import NO_RIVALS
 
 Standing = Literal["ahead", "behind", "even", "alone"]
+# In the place of a verdict, as a part of a sentence.
+NOTHING_ASKED = "nothing was asked, as no query has a right answer left, so nothing can be said."
 # What to try where a model is behind, as a part of a sentence.
 CURE = "more steps, the history of the user as a feature, or other losses and negatives"
 
@@ -45,6 +47,11 @@ class Verdict:
         if low > 0:
             return "ahead"
         return "behind" if high < 0 else "even"
+
+
+def was_asked(figures: Mapping[str, float]) -> bool:
+    """Returns whether any query is behind the figures of a ranking: else they are no figures."""
+    return figures.get("queries", 1) > 0
 
 
 def find_verdict(measured: Mapping[str, Any], metric: str, suffix: str = "") -> Verdict:

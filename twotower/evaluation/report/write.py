@@ -19,6 +19,7 @@ from twotower.evaluation.evaluate import query_vectors
 from twotower.evaluation.queries import make_queries
 from twotower.evaluation.query_table import record_name
 from twotower.evaluation.report import quality, vectors
+from twotower.evaluation.report.besides_lists import labels_section, sanity_section
 from twotower.evaluation.report.figures import scatter_image
 from twotower.evaluation.report.neighbourhoods import check_umap, umap_charts
 from twotower.evaluation.report.page import Section, bullets, paragraph, render_page
@@ -101,10 +102,15 @@ def write_report(
     workdir = str(run.workdir)
     people = describe_people(prepared, model, run.weights, items, titles, split, targets)
     config = dataclasses.asdict(run.config)
+    # Flags of the page itself, which the figures know nothing of.
+    drawn: dict[str, Any] = {"report_columns": list(columns)} if columns else {}
+    if umap:
+        drawn["report_umap"] = True
     sections = [
-        quality.how_measured(measured, config, workdir),
+        quality.how_measured(measured, config, workdir, drawn),
         quality.learning(lines, run.config.training.metric, run.step),
         quality.lists(measured, workdir),
+        *filter(None, [labels_section(measured), sanity_section(measured.get("sanity"))]),
         vectors.space(
             plane,
             groupings,
