@@ -8,7 +8,15 @@ from typing import Any
 from twotower.evaluation.heads import HEAD_METRICS
 from twotower.evaluation.intervals import LEVEL
 from twotower.evaluation.report.figures import Line, line_chart
-from twotower.evaluation.report.page import Chart, Section, Table, bullets, charts, table
+from twotower.evaluation.report.page import (
+    Chart,
+    Section,
+    Table,
+    bullets,
+    charts,
+    collapsible,
+    table,
+)
 
 Measured = Mapping[str, Any]
 
@@ -80,13 +88,14 @@ def sanity_section(sanity: Measured | None) -> Section | None:
     categories = sanity.get("categories", {})
     rows = []
     if titles:
-        question = f"An item lies closer to one of a like {titles['column']} than to an unlike one"
+        question = f"Items of like {titles['column']} lie closer than unlike ones"
         pairs = f"{titles['pairs']:,} pairs"
         rows.append([question, *_shares(titles, "auc"), _share(0.5), pairs])
     if categories:
+        # Short: on a phone the first column is narrow.
         question = (
-            f"Places of lists of {categories['k']} that are of the one {categories['column']} of "
-            f"somebody's {categories['events']} events"
+            f"Lists of {categories['k']} hold the {categories['column']} of "
+            f"{categories['events']} events"
         )
         tried = f"{categories['categories']:,} categories"
         chance = _share(categories.get("chance"))
@@ -98,14 +107,16 @@ def sanity_section(sanity: Measured | None) -> Section | None:
     if titles.get("examples"):
         found = [[one, other, f"{cosine:.2f}"] for one, other, cosine in titles["examples"]]
         header = ["item", "nearest to it", "cosine"]
-        blocks.append(table(Table(header, found, "Some items, with the nearest one")))
+        title = "Some items, with the nearest one"
+        blocks.append(collapsible(title, table(Table(header, found, title))))
     if categories.get("examples"):
         found = [
             [name, _share(share), "; ".join(listed)]
             for name, share, listed in categories["examples"]
         ]
         header = ["events of", "share of the list", "first in it"]
-        blocks.append(table(Table(header, found, "Some made-up people, with their lists")))
+        title = "Some made-up people, with their lists"
+        blocks.append(collapsible(title, table(Table(header, found, title))))
     if sanity.get("cannot"):
         blocks.append(bullets(sanity["cannot"]))
     return Section(
