@@ -249,7 +249,7 @@ def test_too_little_memory_is_refused_with_the_arithmetic_before_anything_is_all
         fit(trainer, prepared, tmp_path, validate=None, mesh=make_mesh(8))
     words = str(error.value)
     # 1,024 rows of 16 numbers and one of the accumulator, 4 bytes each, on 8 devices: 8.5 KiB.
-    assert "table user.user_id: 1,024 x 16 and its optimizer's state over 8 = 8.5 KiB" in words
+    assert "user.user_id (1,024 x 16) with its optimizer's state, divided over 8: 8.5 KiB" in words
     assert (
         "on each of 8 devices, and 19.5 KiB is free" in words
         and "training data" in words

@@ -365,7 +365,7 @@ def check_memory(mesh: Mesh, state: Any, resident: Mapping[str, int]) -> None:
     Raises:
         ConfigError: The run does not fit; the message has the arithmetic.
     """
-    sizes = _state_sizes(state)
+    sizes = _state_sizes(state, mesh.size)
     sizes |= {name: count for name, count in resident.items() if count}
     # Activations and temporary arrays are left out: their size is known only after compiling.
     needed = bytes_on_each(state) + sum(resident.values())
@@ -407,13 +407,14 @@ def bytes_on_each(tree: Any) -> int:
     return total
 
 
-def _state_sizes(state: Any) -> dict[str, int]:
+def _state_sizes(state: Any, devices: int) -> dict[str, int]:
     """Returns the bytes on each device of each table, and of each kind of other array."""
     sizes = {}
+    divided = f", divided over {devices}" if devices > 1 else ""
     for name, table in state.tables.items():
         rows, width = table.shape
         # Of its own, "table" may be read as its numbers alone: the optimizer's may be twice these.
-        title = f"table {name} ({rows:,} x {width}) with its optimizer's state"
+        title = f"table {name} ({rows:,} x {width}) with its optimizer's state{divided}"
         sizes[title] = bytes_on_each(state.table_slots[name]) + bytes_on_each(table)
     dense = (state.params, state.opt_state, state.batch_stats)
     sizes["dense parameters and their optimizer"] = bytes_on_each(dense)
