@@ -1291,7 +1291,7 @@ def _rerank_lists(
 def _check_options(exclude_seen: bool, popularity_weight: float) -> None:
     """Refuses what is no flag, and no finite number."""
     # What is said where nothing is, by nearly all requests.
-    if exclude_seen is True and popularity_weight == 0.0 and type(popularity_weight) is float:
+    if exclude_seen is True and type(popularity_weight) is float and popularity_weight == 0.0:
         return
     if not isinstance(exclude_seen, (bool, np.bool_)):
         raise ConfigError(f"exclude_seen={echo(exclude_seen)} must be True or False.")
