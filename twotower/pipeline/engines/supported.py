@@ -13,11 +13,8 @@ from twotower.pipeline.labels import label_columns
 
 # Names of the source whose files are text.
 _TEXT = ("csv", "tsv", "text", "file")
-# Sources and kinds of split of an engine, where these are not those of files and of a database.
-_SOURCES = {"bigquery": ("bigquery", "bq", "sql")}
-_SPLITS = {"bigquery": script.KINDS}
-# Engines that read labels, and divide rows in all ways of these kinds.
-_COMPLETE = ("duckdb", "beam")
+# Names of the source that is a warehouse.
+_WAREHOUSE = ("bigquery", "bq", "sql")
 
 
 def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
@@ -32,8 +29,9 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
         ConfigError: An option is not done here; the message names it.
     """
     data = config.data
-    sources = _SOURCES.get(engine, (*_TEXT, *PARQUET))
-    kinds = _SPLITS.get(engine, KINDS)
+    in_warehouse = engine == "bigquery"
+    sources = _WAREHOUSE if in_warehouse else (*_TEXT, *PARQUET)
+    kinds = script.KINDS if in_warehouse else KINDS
     undone = {
         f"data.source={data.source!r}": data.source not in sources,
         f"data.item_group={data.item_group!r}": bool(data.item_group),
@@ -49,7 +47,8 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
         "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
         f"split.kind={config.split.kind!r}": config.split.kind not in kinds,
     }
-    if engine not in _COMPLETE:
+    # The other engines divide their rows by one database, which does all of these.
+    if in_warehouse:
         ties = config.split.ties
         validation_by = config.split.validation_by
         by_moments = config.split.kind == "leave_last_out" and ties != "file"

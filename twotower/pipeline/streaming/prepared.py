@@ -21,16 +21,6 @@ from twotower.pipeline.streaming import shards
 _MADE_FROM = "made_from.json"
 
 
-def shard_folder(prepared: PreparedData, data: Path) -> Path:
-    """Returns the folder of the shards of prepared data.
-
-    Args:
-        prepared: The data.
-        data: Its folder, or one that names it.
-    """
-    return _folder_of(_made_from(prepared, data), data)
-
-
 def _made_from(prepared: PreparedData, data: Path) -> dict[str, Any]:
     """Returns all that decides the records of prepared data, as JSON."""
     training = prepared.config.training
