@@ -68,7 +68,7 @@ def questions(retriever: Any) -> dict[str, Callable[[int], Any]]:
 
     def with_history(length: int) -> Callable[[int], Any]:
         lists = histories[length]
-        return ask(lambda n: {"city": "Cairo", "history": lists[n % len(lists)]})
+        return ask(lambda n: {"age_group": "25-34", "history": lists[n % len(lists)]})
 
     return {
         SEARCH: lambda n: loaded.index.search(vectors[n : n + 1], 10),
@@ -76,7 +76,9 @@ def questions(retriever: Any) -> dict[str, Callable[[int], Any]]:
         "a known user, k=100": lambda n: retriever.recommend(users[n], k=100),
         "similar items": lambda n: retriever.similar_items(items[n]),
         "an unknown user": lambda n: retriever.recommend(f"nobody-{n}"),
-        "features": ask(lambda n: {"user_id": f"new-{n}", "city": "Cairo", "gender": "f"}),
+        "features": ask(
+            lambda n: {"user_id": f"new-{n}", "age_group": "25-34", "gender": "female"}
+        ),
         **{f"a history of {length}": with_history(length) for length in histories},
     }
 
