@@ -42,6 +42,25 @@ def test_marginal_relevance_is_the_formula(diversity):
         assert found.tolist() == np.argsort(-scores)[:12].tolist()
 
 
+@pytest.mark.parametrize("diversity", [0.2, 0.9])
+def test_marginal_relevance_of_many_candidates_is_that_of_all_compared(diversity):
+    """The best of them are much alike: what comes next is soon none of the few that are near."""
+    rng = np.random.default_rng(3)
+    centres = rng.normal(size=(3, 8)).repeat([600, 300, 600], axis=0)
+    vectors = centres + 0.3 * rng.normal(size=(1_500, 8))
+    scores = np.repeat([0.9, 0.6, 0.2], [600, 300, 600]) + 0.1 * rng.normal(size=1_500)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    cosines = units @ units.T
+    expected = [int(np.argmax(scores))]
+    while len(expected) < 120:
+        worth = (1 - diversity) * scores - diversity * cosines[expected].max(axis=0)
+        worth[expected] = -np.inf
+        expected.append(int(np.argmax(worth)))
+    for k in (120, 7):
+        found = maximal_marginal_relevance(scores, vectors, k, diversity=diversity)
+        assert found.tolist() == expected[:k]
+
+
 def test_ends_of_marginal_relevance():
     vectors = np.ones((3, 2))
     assert sorted(

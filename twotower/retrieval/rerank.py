@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # its own import takes longer than many an answer
     from jaxtyping import Float, Int
 
 FIELD = "config.retrieval.rerank"
+MAX_NEAR = 512  # candidates that each chosen item is compared with before all of them are
+MAX_NEW = 32  # items that are chosen before all candidates are compared with them
 # The choice of a caller: text as `parse_rerank` reads it, the fields of `RerankConfig`, or that
 # itself. None is what the configuration of the bundle says, and "" none at all.
 RerankLike = RerankConfig | Mapping[str, Any] | str | None
@@ -272,20 +274,72 @@ def maximal_marginal_relevance(
     # Cosines, so that one scale of `diversity` serves vectors of any length.
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     units = vectors / np.maximum(lengths, 1e-30)
-    is_left = np.ones(len(scores), bool)
-    # Of each candidate, to the chosen items so far. Kept up to date: O(k M D) in all.
-    max_cosine = np.full(len(scores), -np.inf)
-    chosen: list[int] = []
+    if not len(scores):
+        return np.zeros(0, np.int64)
+    # The first item is like nothing chosen.
+    chosen = [int(np.argmax(scores))]
+    # Of each candidate, to the chosen items so far.
+    max_cosine = (units @ units[chosen[0]]).astype(np.float64)
+    rated = (1 - diversity) * scores
+    count = min(k, len(scores))
     # Greedy: the best set of k items would have to be sought among all sets.
-    while len(chosen) < min(k, len(scores)):
-        worth = scores  # the first item is like nothing chosen
-        if chosen:
-            worth = (1 - diversity) * scores - diversity * max_cosine
-        best = int(np.argmax(np.where(is_left, worth, -np.inf)))
-        chosen.append(best)
-        is_left[best] = False
-        max_cosine = np.maximum(max_cosine, units @ units[best])
+    while len(chosen) < count:
+        worth = rated - diversity * max_cosine
+        worth[chosen] = -np.inf
+        new = _most_worth(worth, rated, max_cosine, units, count - len(chosen), diversity)
+        chosen += new
+        if len(chosen) < count:
+            # One product for all of them.
+            np.maximum(max_cosine, (units @ units[new].T).max(axis=1), out=max_cosine)
     return np.array(chosen, np.int64)
+
+
+def _most_worth(
+    worth: np.ndarray,
+    rated: np.ndarray,
+    max_cosine: np.ndarray,
+    units: np.ndarray,
+    count: int,
+    diversity: float,
+) -> list[int]:
+    """Returns the next items of `maximal_marginal_relevance`, one or more.
+
+    What an item is worth only falls as others are chosen. So the next ones are sought among the
+    candidates that are worth most now, for as long as one of these is worth more than any other
+    was: a few hundred are compared with each chosen item, and not all.
+
+    Args:
+        worth: Worth of each candidate now, float64 [M]; -inf of the chosen ones.
+        rated: Part of it that the scores have, [M].
+        max_cosine: Greatest cosine of each to the chosen ones, float64 [M].
+        units: Vectors of length 1, [M, D].
+        count: Greatest number of items.
+        diversity: See `maximal_marginal_relevance`.
+    """
+    near = np.arange(len(worth))
+    bound = -np.inf
+    if len(worth) > MAX_NEAR:
+        order = np.argpartition(-worth, MAX_NEAR)
+        bound = float(worth[order[MAX_NEAR]])
+        # Rising: of equal worth the first is chosen.
+        near = np.sort(order[:MAX_NEAR])
+        count = min(count, MAX_NEW)
+    worth = worth[near]
+    # Of those that were chosen nothing is left, whatever they are like.
+    rated = np.where(worth > -np.inf, rated[near], -np.inf)
+    max_cosine = max_cosine[near]
+    near_units = units[near]
+    taken: list[int] = []
+    while len(taken) < count:
+        best = int(np.argmax(worth))
+        # The first is the best of all.
+        if taken and worth[best] <= bound:
+            break
+        taken.append(best)
+        rated[best] = -np.inf
+        np.maximum(max_cosine, near_units @ near_units[best], out=max_cosine)
+        worth = rated - diversity * max_cosine
+    return near[taken].tolist()
 
 
 def cap_per_label(

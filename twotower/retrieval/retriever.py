@@ -118,11 +118,13 @@ class _Filters(NamedTuple):
         where: Conditions on display columns.
         allow: Ids of the only items that may come back; None allows all.
         deny: Ids of items to leave out.
+        written: Conditions as the caller wrote them, for messages: a time is a number in `where`.
     """
 
     where: Conditions
     allow: list[str] | None
     deny: list[str]
+    written: ConditionsLike
 
 
 class EncodedUser(NamedTuple):
@@ -307,7 +309,7 @@ class Retriever:
         items = _recommendations(snapshot, scores[0], positions[0], shown)
         # Only for an empty list: counting the matching items goes over all of them.
         if not items and filters.where:
-            note = _note_of_none(snapshot, filters.where)
+            note = _note_of_none(snapshot, filters)
         return Recommendations(items, known=bool(user_rows[0] >= 0), note=note)
 
     def recommend_many(
@@ -366,7 +368,7 @@ class Retriever:
         table = pa.concat_tables(parts)
         # The table has no place for a note, which is logged.
         if not len(table) and ids and filters.where:
-            _note_of_none(self._live.catalogue.snapshot, filters.where)
+            _note_of_none(self._live.catalogue.snapshot, filters)
         return table
 
     def score(
@@ -559,21 +561,21 @@ class Retriever:
             where=filters.where,
             only=only,
         )
-        return self._listed(snapshot, scores, positions, filters.where, shown)
+        return self._listed(snapshot, scores, positions, filters, shown)
 
     def _listed(
         self,
         snapshot: Snapshot,
         scores: np.ndarray,
         positions: np.ndarray,
-        where: Conditions,
+        filters: _Filters,
         shown: list[str] | None,
     ) -> Recommendations:
         """Returns one list, with a note where no item satisfies the conditions."""
         items = _recommendations(snapshot, scores, positions, shown)
         note = ""
-        if not items and where:
-            note = _note_of_none(snapshot, where)
+        if not items and filters.where:
+            note = _note_of_none(snapshot, filters)
         return Recommendations(items, note=note)
 
     def _time_column(self) -> str:
@@ -1030,7 +1032,7 @@ class Retriever:
         is_empty = isinstance(deny, (tuple, list)) and not deny
         if deny is not None and not is_empty:
             denied = self._item_ids(deny, "deny")
-        return _Filters(as_conditions(where, self.forms), only, denied)
+        return _Filters(as_conditions(where, self.forms), only, denied, where)
 
     def _columns(self, names: Iterable[str] | None) -> list[str] | None:
         """Returns the display columns that a call asks for; None for all.
@@ -1301,12 +1303,12 @@ def _check_options(exclude_seen: bool, popularity_weight: float) -> None:
         raise ConfigError(f"popularity_weight={echo(popularity_weight)} must be a finite number.")
 
 
-def _note_of_none(snapshot: Snapshot, where: Conditions) -> str:
+def _note_of_none(snapshot: Snapshot, filters: _Filters) -> str:
     """Returns and logs the sentence that no item satisfies the conditions; "" where some do."""
     # Some do, but all of them are denied or were seen: that is no mistake in the conditions.
-    if snapshot.count_matching(where):
+    if snapshot.count_matching(filters.where):
         return ""
-    note = f"No item satisfies {describe(where)}."
+    note = f"No item satisfies {describe(as_conditions(filters.written))}."
     logging.warning("%s", note)
     return note
 

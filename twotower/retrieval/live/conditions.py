@@ -34,8 +34,10 @@ _WRITTEN = re.compile(
 _ORDERS = ("<", "<=", ">", ">=")
 _EQUALITIES = ("==", "!=", "in", "not in")
 _MEMBERSHIPS = ("contains", "not contains")
+_MISSING = {"==": "is missing", "!=": "is not missing"}
 _LARGEST_SPELT = 2**63  # numbers of more digits are text, if anything
 LOOKED_AT = 8  # values by which a column of text is told from one of times
+MAX_SHOWN_NAME = 80  # letters of a column's name that a message shows as they are
 MAX_SHOWN_VALUES = 10  # values of a column that a message lists
 MAX_COMPARED_VALUES = 20_000  # values of a column among which the nearest of one are sought
 
@@ -118,7 +120,7 @@ def _in_form(name: str, operator: str, value: Any, forms: Forms) -> tuple[str, s
 
 def _no_condition(where: object) -> ConfigError:
     return ConfigError(
-        f"where {echo(where)} must be (column, operator, value), such as ('price', '<=', 20), in a "
+        f'where {echo(where)} must be (column, operator, value), such as ["price", "<=", 20], in a '
         "list, or a mapping of columns to values."
     )
 
@@ -126,9 +128,10 @@ def _no_condition(where: object) -> ConfigError:
 def _as_members(name: str, operator: str, value: Any, forms: Forms) -> Members:
     """Returns the value of a condition on a column that holds lists as one text."""
     if operator not in _MEMBERSHIPS:
+        wanted = describe([(name, "contains", value)])
         raise ConfigError(
             f"where {describe([(name, operator, value)])}: {name!r} holds lists, which no single "
-            f"value equals or precedes: ask for a member by ({name!r}, 'contains', {echo(value)})."
+            f"value equals or precedes: ask for a member by {wanted}."
         )
     values = value if isinstance(value, tuple) else (value,)
     return Members(values, forms.separators[name])
@@ -208,13 +211,30 @@ def matching_items(items: pa.Table, where: Conditions) -> np.ndarray:
 
 
 def describe(where: Iterable[tuple[str, str, Any]]) -> str:
-    """Returns conditions as messages show them."""
+    """Returns conditions as people write them, as `parse_condition` reads most of them.
+
+    >>> describe([("price", "<=", -1), ("brand", "in", ("a", "b")), ("size", "!=", None)])
+    "price <= -1 and brand in 'a', 'b' and size is not missing"
+    """
     shown = []
-    for name, operator, value in where:
+    for column, relation, value in where:
+        name = _plain(column)
+        operator = _plain(relation)
         if isinstance(value, Members):
             value = value.values
-        shown.append(f"({name!r}, {operator!r}, {echo(value)})")
+        if value is None and operator in _MISSING:
+            shown.append(f"{name} {_MISSING[operator]}")
+        elif isinstance(value, tuple) and len(value) <= MAX_SHOWN_VALUES:
+            shown.append(f"{name} {operator} {', '.join(map(echo, value))}")
+        else:
+            shown.append(f"{name} {operator} {echo(value)}")
     return " and ".join(shown)
+
+
+def _plain(text: str) -> str:
+    """Returns a name of a request as it is written, or as Python does where it cannot be shown."""
+    is_shown = len(text) <= MAX_SHOWN_NAME and text.isprintable()
+    return text if is_shown else echo(text)
 
 
 def latest_condition(column: pa.ChunkedArray, name: str, count: int) -> tuple[str, str, Any]:
@@ -237,8 +257,7 @@ def latest_condition(column: pa.ChunkedArray, name: str, count: int) -> tuple[st
             order = read_times(values)
         except BadValue as error:
             raise ConfigError(
-                f"where ({name!r}, 'latest', {count}): the column holds neither times nor numbers: "
-                f"{error}"
+                f"where {name} latest {count}: the column holds neither times nor numbers: {error}"
             ) from None
     # All that have a value at all.
     if len(values) <= count:
