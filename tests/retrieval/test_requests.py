@@ -403,6 +403,7 @@ def test_conditions_on_lists_and_their_refusals(retriever):
     # As it was written, where the bundle compares numbers.
     late = retriever.recommend("3", where=[("released", ">", "2100-01-01")])
     assert late.note == "No item satisfies released > '2100-01-01'."
+    assert retriever.similar_items("3", where={"price": -1}).note == nothing.note
     assert retriever.recommend("3", where={"price": 0.5}, deny=[0]).note == ""
 
 

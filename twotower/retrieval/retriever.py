@@ -490,7 +490,7 @@ class Retriever:
             only=only,
             cosine=True,
         )
-        return self._listed(snapshot, scores[0], positions[0], filters.where, shown)
+        return self._listed(snapshot, scores[0], positions[0], filters, shown)
 
     def popular_items(
         self,
