@@ -1394,7 +1394,7 @@ def judge(
 
     Raises:
         ConfigError: A run was not evaluated, the two were not measured alike, or the thresholds
-            name a metric or a slice of queries that there is not.
+            name a metric or a slice that there is not.
     """
     records = [read_record(_folder_of(run), split) for run in (standing, candidate)]
     # Relative to the run that stands, whose figures say what a loss is a part of.

@@ -25,13 +25,17 @@ PROTOCOL = {"split": "test", "query": "user", "step": 3, "items": 100, "asked": 
 USERS = 400
 
 
-def write(folder, rankings, *, protocol=PROTOCOL, order=None, relevant=None, slices=None):
+def write(
+    folder, rankings, *, protocol=PROTOCOL, order=None, relevant=None, slices=None, answers=None
+):
     """Writes what an evaluation would have recorded in the folder of a run."""
     count = len(next(iter(rankings.values())))
     order = np.arange(count) if order is None else order
     relevant = np.ones(count, np.int32) if relevant is None else relevant
     columns = {"user": [f"u{row}" for row in order], "query": np.arange(count)}
     columns |= {"answered": relevant[order] > 0, "relevant": relevant[order]}
+    answers = np.arange(len(relevant)) if answers is None else answers
+    columns["answers"] = answers[order].astype(np.uint64)
     for name, values in rankings.items():
         for metric in ("recall@10", "ndcg@10"):
             half = 1.0 if metric == "recall@10" else 0.5
@@ -177,9 +181,10 @@ def test_seeds_are_averaged_for_each_query_and_their_spread_stands_apart(tmp_pat
         ({"protocol": PROTOCOL | {"items": 99}}, "items is 100 and 99"),
         ({"protocol": PROTOCOL | {"targets": "all"}}, "targets is None and 'all'"),
         ({"relevant": np.full(USERS, 2, np.int32)}, "400 queries have other right answers"),
+        ({"answers": np.arange(USERS) // 2}, "399 queries have other right answers, .*as many of"),
         ({"order": np.arange(USERS - 1)}, "400 and 399 queries"),
     ],
-    ids=["value", "entry", "answers", "number"],
+    ids=["value", "entry", "numbers", "answers", "number"],
 )
 def test_runs_that_were_not_measured_alike_are_refused_with_both_values(tmp_path, changed, said):
     a = write(tmp_path / "a", {"model": hits(0.3)})
@@ -187,6 +192,18 @@ def test_runs_that_were_not_measured_alike_are_refused_with_both_values(tmp_path
     b = write(tmp_path / "b", rankings, **changed)
     with pytest.raises(ConfigError, match=f"{a} and {b} were not measured alike: .*{said}"):
         compare_records([read_record(a), read_record(b)])
+
+
+def test_evaluations_of_before_are_compared_by_the_number_of_answers_and_it_is_said(tmp_path):
+    a = write(tmp_path / "a", {"model": hits(0.3)})
+    b = write(tmp_path / "b", {"model": hits(0.3)})
+    assert not compare_records([read_record(a), read_record(b)]).notes
+    path = tmp_path / "b" / "evaluation" / "queries.parquet"
+    pq.write_table(pq.read_table(path).drop_columns("answers"), path)
+    found = compare_records([read_record(a), read_record(b)])
+    (note,) = found.notes
+    assert note.startswith(f"The right answers are compared by their numbers alone, as {b}")
+    assert note in format_comparison(found)
 
 
 def test_what_was_not_recorded_is_refused_with_what_to_do(tmp_path):

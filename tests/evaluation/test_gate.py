@@ -153,6 +153,45 @@ def test_a_slice_can_fail_what_all_queries_would_let_pass():
     assert [one.part.value for one in both] == ["new", "old"]
 
 
+def of_items(found):
+    """A run of which the first half of the users finds cold items, and some warm ones too."""
+    cold = np.arange(USERS) < USERS // 2
+    pairs = np.concatenate([np.flatnonzero(cold), np.arange(USERS)])
+    part = dataclasses.replace(
+        STANDING,
+        users=STANDING.users[pairs],
+        relevant=np.ones(len(pairs), int),
+        values={m: np.concatenate([found[m][cold], v]) for m, v in STANDING.values.items()},
+        slices={"items": np.repeat(["cold", "warm"], [cold.sum(), USERS])},
+    )
+    return dataclasses.replace(STANDING, of_items={"items": part})
+
+
+def test_a_slice_of_items_is_judged_by_its_own_right_answers():
+    standing = of_items(STANDING.values)
+    nothing = {m: np.zeros(USERS) for m in STANDING.values}
+    candidate = dataclasses.replace(of_items(nothing), name="new")
+    limits = {"recall@10": {"tolerance": 0.01}, "slices": {"items": {"recall@10": {"share": 0.1}}}}
+    thresholds = gate.read_thresholds(limits, standing)
+    assert [str(one.part) for one in thresholds] == ["all", "items=cold", "items=warm"]
+    found = judge(standing, candidate, thresholds)
+    # The models of known worth have those of items too, or the gate would refuse.
+    alone = gate.read_thresholds({"slices": limits["slices"]}, standing)
+    assert not found.refusal and not judge(standing, standing, alone).refusal
+    assert [one.verdict for one in found.checks] == ["passes", "fails", "passes"]
+    cold = STANDING.values["recall@10"][: USERS // 2].mean()
+    assert found.checks[1].standing == pytest.approx(cold)
+    assert found.checks[1].candidate == pytest.approx(0.0)
+    # Of other training rows: other items are cold.
+    other = of_items(STANDING.values).of_items["items"]
+    moved = dataclasses.replace(other, slices={"items": other.slices["items"][::-1]})
+    with pytest.raises(ConfigError, match="run and run divide the items otherwise by items"):
+        judge(standing, dataclasses.replace(candidate, of_items={"items": moved}), thresholds)
+    old = dataclasses.replace(candidate, of_items={})
+    with pytest.raises(ConfigError, match="new has no figures of the slice items: evaluate"):
+        judge(standing, old, thresholds)
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
@@ -164,8 +203,8 @@ def test_a_slice_can_fail_what_all_queries_would_let_pass():
         ({"slices": {"user": {"recall@10": {"share": 0.1}}}}, "did you mean 'users'"),
         ({"slices": {"users=nwe": {"recall@10": {"share": 0.1}}}}, "did you mean 'users=new'"),
         ({"slices": {"users": {"recal@10": {"share": 0.1}}}}, "did you mean 'recall@10'"),
-        ({"slices": {"items=new": {}}}, "known. Known: .*items .* are no slices of queries"),
-        ({"slices": {"item.brand": {}}}, "known. Known: .*items .* are no slices of queries"),
+        ({"slices": {"items=new": {}}}, "not known. Known: .*run recorded no slices of items"),
+        ({"slices": {"item.brand": {}}}, "not known. Known: .*run recorded no slices of items"),
         ({}, "name no metric"),
     ],
 )

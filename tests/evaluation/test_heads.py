@@ -226,6 +226,9 @@ def test_a_head_that_became_nan_is_not_passed_over(run):
 
 def test_the_report_has_a_table_of_heads(run):
     measured = measure.measure_run(run, ks=(5,), baselines=False)
+    for figures in measured["heads"].values():
+        low, high = figures.pop("intervals")["auc"]
+        assert low < figures["auc"] < high
     assert measured["heads"] == approx(measured_by_row(run, "test"))
     printed = report_text.format_report(measured, (5,))
     row = next(line for line in printed.splitlines() if line.startswith("auc"))
@@ -281,3 +284,28 @@ def test_a_head_trained_alone_learns_whom_an_item_suits(tmp_path):
         json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]
     assert [line["step"] for line in lines if "validation/like/auc" in line] == [15, 30]
+
+
+def test_metrics_of_labels_move_with_their_columns():
+    """Against the metrics of rows that are weighed anew, user by user."""
+    rng = np.random.default_rng(5)
+    users = rng.integers(0, 150, 900)
+    logits = rng.normal(size=900).round(1) + rng.normal(size=150)[users].round(1)
+    labels = (rng.random(900) < 1 / (1 + np.exp(-logits))).astype(float)
+    weights = rng.integers(1, 4, 900).astype(float)
+    columns = heads.resampled_columns(logits, labels, weights)
+    assert set(columns) == set(heads.HEAD_METRICS) - {"calibration_error"}
+    resamples = []
+    for _ in range(200):
+        counts = rng.poisson(1.0, 150)[users]
+        figures = [heads.HEAD_METRICS[name](logits, labels, weights * counts) for name in columns]
+        by_columns = [np.average(column, weights=counts) for column in columns.values()]
+        resamples.append((figures, by_columns))
+    exact, linear = np.moveaxis(np.array(resamples), 1, 0)
+    for number, name in enumerate(columns):
+        figure = heads.HEAD_METRICS[name](logits, labels, weights)
+        assert columns[name].mean() == pytest.approx(figure)
+        assert np.corrcoef(exact[:, number], linear[:, number])[0, 1] > 0.98, name
+        assert linear[:, number].std() == pytest.approx(exact[:, number].std(), rel=0.1), name
+    # One label alone has no AUC.
+    assert "auc" not in heads.resampled_columns(logits, np.ones(900), weights)

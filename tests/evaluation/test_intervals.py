@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from twotower.evaluation import all_lists, metrics
+from twotower.evaluation.all_lists import Resampling, Users, repeated_share
 from twotower.evaluation.intervals import (
     interval,
     interval_table,
@@ -89,3 +91,79 @@ def test_all_rankings_are_weighed_by_one_draw_of_counts():
         own_low, own_high = intervals[name]["recall@10"]
         assert high - low < 0.5 * (own_high - own_low)
     assert paired_intervals(values, users, np.zeros(200, bool), first="model") == ({}, {})
+
+
+def lists_of(rng, users, items, k):
+    """Lists by popularity and one of two tastes, int [users, k]."""
+    scores = rng.gumbel(size=(users, items)) - np.log(np.arange(items) + 1)
+    scores += (rng.random((users, 1)) < 0.5) * (np.arange(items) % 2)
+    return np.argsort(-scores, axis=1)[:, :k]
+
+
+def corpus_figures(lists, users, items, k):
+    """Coverage, Gini and share of repeated lists, and columns whose means they are."""
+    exposures = np.bincount(lists.ravel(), minlength=items)
+    hashes = np.random.default_rng(0).integers(0, 2**64, items, dtype=np.uint64)[lists].sum(1)
+    numbers = Users(users, np.ones(len(lists), bool))
+    resampling = Resampling(numbers, [k], items)
+    for start in range(0, len(lists), 70):
+        block = slice(start, min(start + 70, len(lists)))
+        resampling.add(block, lists[block])
+    share, repeated = repeated_share(numbers, hashes)
+    figures = [metrics.coverage(exposures > 0), metrics.gini(exposures), share]
+    changes = resampling.changes(k, exposures, figures[1])
+    pairs = zip(figures, [*changes.values(), repeated])
+    return figures, np.stack([numbers.pseudo_values(*pair) for pair in pairs], 1)
+
+
+def test_a_figure_of_all_lists_falls_by_what_it_is_without_each_user():
+    rng = np.random.default_rng(0)
+    users = rng.integers(0, 40, 80)
+    lists = lists_of(rng, 80, 60, 2)
+    figures, columns = corpus_figures(lists, users, 60, 2)
+    np.testing.assert_allclose(columns.mean(0), figures)
+    names = np.unique(users)
+    without = np.array(
+        [corpus_figures(lists[users != u], users[users != u], 60, 2)[0] for u in names]
+    )
+    falls = figures - without
+    # Of the numbers of a user's queries, only the sum counts.
+    moved = np.stack([(columns[users == u] - figures).sum(0) for u in names]) / len(users)
+    np.testing.assert_allclose(moved[:, [0, 2]], (falls - falls.mean(0))[:, [0, 2]], atol=1e-12)
+    # But for two items of a list that as many lists hold.
+    np.testing.assert_allclose(moved[:, 1], falls[:, 1] - falls[:, 1].mean(), atol=2e-3)
+    assert np.ptp(falls, axis=0).min() > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("users", "items", "k"), [(200, 300, 10), (200, 60, 2)])
+def test_intervals_of_figures_of_all_lists_hold_the_mean_of_other_users(users, items, k):
+    """100 logs; of coverage and repeated lists they are too wide, never too narrow."""
+    rng = np.random.default_rng(1)
+    found = []
+    ends = []
+    for draw in range(100):
+        lists = lists_of(rng, users, items, k)
+        figures, columns = corpus_figures(lists, np.arange(users), items, k)
+        found.append(figures)
+        ends.append(interval(resampled_means(columns, np.arange(users), resamples=200, seed=draw)))
+    truth = np.mean(found, 0)
+    held = np.mean([(low <= truth) & (truth <= high) for low, high in ends], 0)
+    # Three standard deviations of a binomial of 100 below 95 %.
+    assert (held >= 0.885).all(), held
+    # The percentiles of coverage itself would lie below it: a third of the users is left out.
+    drawn = np.unique(lists[rng.integers(0, users, users)])
+    assert len(drawn) / items < truth[0] - 0.02
+
+
+def test_of_very_many_lists_some_users_stand_for_all(monkeypatch):
+    rng = np.random.default_rng(2)
+    lists = lists_of(rng, 2_000, 100, 5)
+    widths = []
+    for most in (all_lists.MAX_ENTRIES, 2_500):
+        monkeypatch.setattr(all_lists, "MAX_ENTRIES", most)
+        _, columns = corpus_figures(lists, np.arange(2_000), 100, 5)
+        low, high = interval(resampled_means(columns, np.arange(2_000)))
+        widths.append(high - low)
+    assert (columns[:, 1] == columns[1, 1]).sum() == 1_500
+    np.testing.assert_allclose(widths[0], widths[1], rtol=0.15)

@@ -54,7 +54,13 @@ def test_a_loss_on_labels_is_measured_and_answers_probabilities(run):
     assert measured["labels"]["rows"] == len(known)
     curve = measured["labels"]["calibration_curve"]
     assert sum(point["rows"] for point in curve) == len(known)
-    assert "Labels, over the rows" in report_text.format_report(measured, (5,))
+    told = report_text.format_report(measured, (5,))
+    assert "Labels, over the rows" in told
+    ends = measured["labels"]["intervals"]
+    assert ends["auc"][0] < measured["labels"]["auc"] < ends["auc"][1]
+    assert f"{ends['log_loss'][0]:.4f} to {ends['log_loss'][1]:.4f}" in told
+    assert list(measured["without_intervals"]) == ["calibration_error"]
+    assert "Without an interval: calibration_error: it is a sum of distances" in told
     for probabilities in (
         retriever.score(*pairs, probability=True),
         MatchModel.load(run.workdir / "bundle").probability(*pairs),

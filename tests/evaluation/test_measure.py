@@ -13,7 +13,8 @@ from twotower.core.errors import ConfigError
 from twotower.evaluation import evaluate as module
 from twotower.evaluation import measure, metrics, slices
 from twotower.evaluation.baselines.tuning import Baselines
-from twotower.evaluation.comparison.compare import parts_of
+from twotower.evaluation.comparison.compare import compare_records, parts_of
+from twotower.evaluation.comparison.gate import judge, read_thresholds
 from twotower.evaluation.comparison.records import read_record
 from twotower.evaluation.evaluate import (
     evaluate,
@@ -139,6 +140,29 @@ def test_the_table_of_queries_tells_the_slices_apart(run, measured):
     assert lengths == order and len(order) > 2
 
 
+def test_slices_of_items_are_compared_by_the_figures_that_are_reported(run, measured):
+    name = str(run.workdir)
+    record = read_record(name)
+    compared = compare_records([record, read_record(f"{name}:popularity")])
+    found = {
+        (row.part.slice, row.part.value): row for row in compared.rows if row.metric == "map@5"
+    }
+    for part in ("items", "item_popularity", "item.category"):
+        assert [key[1] for key in found if key[0] == part]
+        for value, figures in measured["slices"][part].items():
+            row = found[part, value]
+            assert row.queries == figures["queries"]
+            assert row.figures[name] == pytest.approx(figures["model"]["map@5"], abs=1e-12)
+    limits = {"slices": {"items=warm": {"recall@5": {"tolerance": 0.1}}}}
+    (check, *_) = judge(record, record, read_thresholds(limits, record)).checks
+    assert check.standing == pytest.approx(measured["slices"]["items"]["warm"]["model"]["recall@5"])
+    # Two test sets of as many users and answers.
+    answers = record.answers.copy()
+    answers[0] += np.uint64(1)
+    with pytest.raises(ConfigError, match="1 queries have other right answers"):
+        compare_records([record, dataclasses.replace(record, name="b", answers=answers)])
+
+
 def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured):
     """Weight 0 is the model, a great one popularity, whatever the model says."""
     weighed = measured["popularity_weights"]
@@ -149,12 +173,11 @@ def test_weights_of_popularity_move_lists_from_the_model_to_popularity(measured)
     assert "weight 0.1" in report_text.format_report(measured, KS)
 
 
-def test_every_mean_has_an_interval_around_it(measured):
+def test_every_figure_has_an_interval_around_it(measured):
     for suffix in measure.SUFFIXES:
         model = measured[f"model{suffix}"]
         intervals = measured[f"model_intervals{suffix}"]
-        alone = tuple(metrics.CORPUS_METRICS)
-        means = {name for name in model if "@" in name and not name.startswith(alone)}
+        means = {name for name in model if "@" in name}
         assert set(intervals) == means
         for name, (low, high) in intervals.items():
             assert low - 1e-6 <= model[name] <= high + 1e-6, name
@@ -169,6 +192,25 @@ def test_every_mean_has_an_interval_around_it(measured):
             assert low - 1e-6 <= figures["ndcg@10"] <= high + 1e-6
             low, high = differences[name]["ndcg@10"]
             assert low - 1e-6 <= model["ndcg@10"] - figures["ndcg@10"] <= high + 1e-6
+        low, high = intervals["coverage@5"]
+        assert low < model["coverage@5"] < high
+    for name in ("new_items", "new_users", "popularity_weights"):
+        for ranking, figures in measured[name].items():
+            intervals = measured[f"{name}_intervals"][ranking]
+            assert set(intervals) == {one for one in figures if "@" in one}
+            low, high = intervals["novelty@5"]
+            assert low < figures["novelty@5"] < high
+    # Of one draw of counts: weight 0 is the model.
+    assert measured["popularity_weights_intervals"]["0"] == measured["model_intervals"]
+    for parts in measured["slices"].values():
+        for part in parts.values():
+            for figures, ends in (("model", "intervals"), ("baseline", "baseline_intervals")):
+                assert set(part[figures]) == set(part[ends])
+                low, high = part[ends]["map@10"]
+                assert low - 1e-6 <= part[figures]["map@10"] <= high + 1e-6
+            difference = part["model"]["map@10"] - part["baseline"]["map@10"]
+            low, high = part["baseline_differences"]["map@10"]
+            assert low - 1e-6 <= difference <= high + 1e-6
     rival = find_verdict(measured, "recall@5").rival
     (line, *_) = [
         line

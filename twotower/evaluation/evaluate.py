@@ -109,8 +109,16 @@ def evaluate_both(
         What `evaluate` measures with `mask_seen`, and without.
     """
     modes = (True, False)
-    masked, unmasked = _evaluate_modes(score_block, queries, ks, modes, further=further)
+    masked, unmasked = _evaluate_modes(
+        score_block, queries, ks, modes, further=further, resampled=True
+    )
     return masked, unmasked
+
+
+def evaluate_masked(score_block: Scores, queries: Queries, ks: Sequence[int]) -> Evaluation:
+    """Evaluates with seen items masked, figure by figure and query by query; see `evaluate`."""
+    (masked,) = _evaluate_modes(score_block, queries, ks, (True,), resampled=True)
+    return masked
 
 
 def _evaluate_modes(
@@ -121,10 +129,14 @@ def _evaluate_modes(
     block_bytes: int = 0,
     *,
     further: FurtherMetrics = NOTHING_FURTHER,
+    resampled: bool = False,
 ) -> list[Evaluation]:
     """Returns what `evaluate` measures for each value of `mask_seen`."""
     size = _block_queries(queries, block_bytes)
-    lists = [Lists(queries, ks, size, mask_seen=mask_seen, further=further) for mask_seen in modes]
+    lists = [
+        Lists(queries, ks, size, mask_seen=mask_seen, further=further, resampled=resampled)
+        for mask_seen in modes
+    ]
     starts = range(0, len(queries), size)
     blocks = [slice(start, min(start + size, len(queries))) for start in starts]
     ranker: _Ranker | None = None

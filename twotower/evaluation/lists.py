@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from twotower.core.arrays import pair_keys
 from twotower.evaluation import metrics
+from twotower.evaluation.all_lists import Resampling, Users, ratio_changes, repeated_share
 from twotower.evaluation.further import (
     FurtherMetrics,
     RankingAuc,
@@ -39,6 +40,9 @@ class Evaluation:
         num_relevant: Number of right answers of each query, int32 [Q].
         hits: Right answers in the longest lists.
         exposures: Length of lists -> number of lists that hold each item, int64 [N].
+        pseudo_values: Name of a figure of all lists together -> numbers whose mean over the queries
+            with an answer it is, by which it is resampled, float64 [Q]; see
+            `twotower.evaluation.all_lists`.
     """
 
     figures: dict[str, float]
@@ -46,6 +50,12 @@ class Evaluation:
     num_relevant: np.ndarray
     hits: Hits
     exposures: Mapping[int, np.ndarray]
+    pseudo_values: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+    @property
+    def resampled(self) -> dict[str, np.ndarray]:
+        """Columns float64 [Q] whose means are the figures that have an interval."""
+        return {**self.values, **self.pseudo_values}
 
     @property
     def is_averaged(self) -> np.ndarray:
@@ -68,7 +78,18 @@ class Lists:
         *,
         mask_seen: bool,
         further: FurtherMetrics,
+        resampled: bool = False,
     ):
+        """Begins with no lists.
+
+        Args:
+            queries: Queries that are measured.
+            ks: Lengths of the lists.
+            size: Greatest number of queries of a block.
+            mask_seen: Whether seen items are no part of the lists, nor of the relevant items.
+            further: Metrics that take longer.
+            resampled: Whether figures of all lists together get pseudo-values.
+        """
         self.mask_seen = mask_seen
         # Both halves belong together: an item that no list may hold would count as missed.
         self._queries = queries.without_seen() if mask_seen else queries
@@ -89,6 +110,10 @@ class Lists:
         self._list_hashes: dict[int, list[np.ndarray]] = {k: [] for k in self._ks}
         # Length -> number of lists that hold an item, int64 [N].
         self._exposures = {k: np.zeros(queries.num_items, np.int64) for k in self._ks}
+        self._users = Users(queries.user, self._is_answerable)
+        self._resampling = None
+        if resampled:
+            self._resampling = Resampling(self._users, self._ks, queries.num_items)
         # Of one block of queries: a table is quicker to ask than a search.
         self._is_relevant = np.zeros((size, queries.num_items), bool)
         self._further = further
@@ -136,6 +161,8 @@ class Lists:
             self._values.setdefault(name, []).append(values)
         # Coverage is over the same queries as the means.
         counted = np.where(self._is_answerable[block, None], rows, -1)
+        if self._resampling is not None:
+            self._resampling.add(block, counted)
         start = 0
         # A sum, so that the order of the items does not matter.
         hashes = np.zeros(len(rows), np.uint64)
@@ -166,6 +193,7 @@ class Lists:
             joined["auc"] = self._auc.values()
         for name, values in joined.items():
             result[name] = _average(values, self._is_answerable)
+        pseudo_values: dict[str, np.ndarray] = {}
         exposures = np.zeros(self._queries.num_items, np.int64)
         exposures_at: dict[int, np.ndarray] = {}
         for k in self._ks:
@@ -174,47 +202,50 @@ class Lists:
             exposures_at[k] = exposures
             result[f"coverage@{k}"] = float(metrics.coverage(exposures > 0))
             result[f"gini@{k}"] = metrics.gini(exposures)
-            result[f"repeated_list@{k}"] = self._repeated_share(k)
+            hashes = np.concatenate(self._list_hashes[k])[self._is_answerable]
+            share, changes = repeated_share(self._users, hashes)
+            result[f"repeated_list@{k}"] = share
+            of_users = {"repeated_list": changes}
             lift = self._popularity_lift(joined[f"average_popularity@{k}"])
             if lift is not None:
-                result[f"popularity_lift@{k}"] = lift
+                result[f"popularity_lift@{k}"], of_users["popularity_lift"] = lift
+            if self._resampling is not None and self._users.count:
+                of_users |= self._resampling.changes(k, exposures, result[f"gini@{k}"])
+                for name, changes in of_users.items():
+                    figure = result[f"{name}@{k}"]
+                    column = self._users.pseudo_values(figure, changes)
+                    pseudo_values[f"{name}@{k}"] = column
         if self._auc is not None:
             result["auc_of_all"] = self._auc.of_all_queries()
         result["queries"] = int(self._is_answerable.sum())
         result["queries_without_answer"] = int((~self._is_answerable).sum())
         hits = Hits(*map(np.concatenate, zip(*self._hits)))
-        return Evaluation(result, joined, self._num_relevant, hits, exposures_at)
+        return Evaluation(result, joined, self._num_relevant, hits, exposures_at, pseudo_values)
 
-    def _repeated_share(self, k: int) -> float:
-        """Returns the share of lists whose items are those of another user's list, in any order."""
-        hashes = np.concatenate(self._list_hashes[k])[self._is_answerable]
-        users = self._queries.user[self._is_answerable]
-        if not len(hashes):
-            return 0.0
-        _, number = np.unique(hashes, return_inverse=True)
-        # A user that is asked twice repeats nobody else.
-        pairs = np.unique(pair_keys(number, users))
-        num_users = np.bincount(pairs >> 32)
-        return float((num_users[number] > 1).mean())
-
-    def _popularity_lift(self, average_popularity: np.ndarray) -> float | None:
+    def _popularity_lift(self, average_popularity: np.ndarray) -> tuple[float, np.ndarray] | None:
         """Returns how much more popular the lists are than what their users had; None without it.
 
         The mean popularity of the lists over that of the users' histories, less 1, of queries whose
         user had anything (Abdollahpouri et al., The unfairness of popularity bias in
-        recommendation, RMSE 2019).
+        recommendation, RMSE 2019); and by how much it falls without each user.
         """
-        history = self._queries.seen
-        popularity = self._queries.counts[history.values].astype(float)
-        sums = np.bincount(history.rows, popularity, minlength=len(history))
-        lengths = history.lengths
-        rows = self._queries.seen_row
-        is_known = self._is_answerable & (lengths[rows] > 0)
-        own = sums[rows[is_known]] / lengths[rows[is_known]]
+        is_known, own = self._history_popularity
         # Users whose items have no training row: no lift over nothing.
         if not own.sum():
             return None
-        return float(average_popularity[is_known].mean() / own.mean() - 1)
+        lists = np.where(is_known, average_popularity[self._users.rows], 0.0)
+        changes = ratio_changes(self._users, lists, own)
+        return float(lists.sum() / own.sum() - 1), changes
+
+    @functools.cached_property
+    def _history_popularity(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which averaged queries have a history, bool [A], and its mean popularity, float64 [A]."""
+        history = self._queries.seen
+        popularity = self._queries.counts[history.values].astype(float)
+        sums = np.bincount(history.rows, popularity, minlength=len(history))
+        rows = self._queries.seen_row[self._users.rows]
+        lengths = history.lengths[rows]
+        return lengths > 0, sums[rows] / np.maximum(lengths, 1)
 
 
 def _item_values(queries: Queries) -> dict[str, np.ndarray]:

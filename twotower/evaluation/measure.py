@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pyarrow as pa
 
 from twotower.core.arrays import evenly_spaced, pad_rows
 from twotower.core.files import atomic
@@ -25,22 +26,26 @@ from twotower.evaluation.baselines.tuning import FITTED, Baselines
 from twotower.evaluation.evaluate import (
     Evaluation,
     Scores,
-    evaluate,
     evaluate_both,
+    evaluate_masked,
     model_scores,
     rows_of_scores,
 )
 from twotower.evaluation.further import FurtherMetrics, item_values
 from twotower.evaluation.heads import label_tasks, make_head_metrics
-from twotower.evaluation.intervals import paired_intervals
+from twotower.evaluation.intervals import Ends, paired_intervals
 from twotower.evaluation.queries import TRAIN_QUERIES, Queries, make_queries, usual_targets
 from twotower.evaluation.query_table import (
+    item_slice_path,
+    item_slice_table,
     query_table,
     query_table_path,
     record_name,
     write_query_table,
 )
 from twotower.evaluation.slices import (
+    Cells,
+    Slice,
     column_slice,
     default_slices,
     label_queries,
@@ -59,6 +64,12 @@ from twotower.training.run import Run
 INDEX_QUERIES = 1_000  # users that the index is measured with
 INDEX_K = 10  # length of the lists that the index is measured with
 SINGLE_QUERIES = 100  # number of these users that are searched for one by one
+
+# Figures that no interval is given for, and why: a wrong one would be worse.
+NO_INTERVAL = {
+    "auc_of_all": "it compares the scores of different users, all of which would have to be kept",
+    "calibration_error": "it is a sum of distances, which the noise of a resample only adds to",
+}
 
 SUFFIXES = ("", "_unmasked")  # of the names of figures with seen items masked, and without
 
@@ -110,12 +121,14 @@ def measure_run(
         "baseline_intervals": {name: {"recall@10": [low, high]}}, "baseline_differences" likewise,
         the model less the baseline over the same users; and these with "_unmasked"; for items and
         users that training never saw "new_items" and "new_users", each {"model": ..., "random":
-        ...}; for a loss on labels "labels": {"auc": ..., "calibration_curve": [...]}; for a model
-        with heads "heads": {name: {"auc": ...}}; with baselines "baseline_choices": {name:
+        ...}, and "new_items_intervals" likewise; for a loss on labels "labels": {"auc": ...,
+        "intervals": {"auc": [low, high]}, "calibration_curve": [...]}; for a model with heads
+        "heads": {name: {"auc": ..., "intervals": ...}}; "without_intervals": {figure: reason}; with
+        baselines "baseline_choices": {name:
         {"setting": ..., "tried": number of settings that validation chose from}}; for further test
         rows "test_set", see `twotower.pipeline.prepare.FurtherRows`; with `popularity_weights`
-        "popularity_weights": {"0.05": {"recall@10": ...}}; "audits", see
-        `twotower.evaluation.audits.base.audit_table`; and "health", see
+        "popularity_weights": {"0.05": {"recall@10": ...}} and "popularity_weights_intervals";
+        "audits", see `twotower.evaluation.audits.base.audit_table`; and "health", see
         `twotower.evaluation.audits.health`.
     """
     # Heads read whole vectors, which are not cut for a bundle.
@@ -155,21 +168,20 @@ def measure_run(
         every_query, split, has_item_table=run.prepared.has_catalogue
     )
     masked = _measure_rankings(rankings, queries, ks, further, measured)
+    keep = None
     # Of masked lists alone: runs are compared by these.
     if keep_queries:
         protocol = measured["protocol"] | {"ks": list(ks)}
-        _write_queries(run, queries, masked, protocol, label_queries(parts, queries))
-    measured["slices"] = measure_slices(parts, queries, masked, ks)
+        _write_queries(run, queries, masked, protocol, parts)
+        keep = _ItemSlices(run, queries)
+    measured["slices"] = measure_slices(parts, queries, masked, ks, keep=keep)
+    if keep is not None:
+        keep.write(record_name(measured["protocol"]))
     measured |= _measure_new(rankings["model"], run.prepared.train.user, queries, ks)
     if popularity_weights:
-        measured["popularity_weights"] = measure_popularity_weights(
-            rankings["model"], queries, ks, popularity_weights
-        )
-    max_rows = max_queries
-    # Training rows are sampled by default, as there are many and nobody reports on them.
-    if split == "train":
-        max_rows = max_queries or TRAIN_QUERIES
-    measured |= _measure_labels(run, whole_model, split, max_rows)
+        measured |= measure_popularity_weights(rankings["model"], queries, ks, popularity_weights)
+    measured |= _measure_labels(run, whole_model, split, max_queries)
+    measured |= without_intervals(measured)
     measured |= examine(run, whole_model, every_query, queries, measured, masked["model"])
     return measured
 
@@ -190,12 +202,12 @@ def _measure_rankings(
         evaluations = evaluate_both(scores, queries, ks, further=further)
         masked[name] = evaluations[0]
         for suffix, evaluation in zip(SUFFIXES, evaluations):
-            values[suffix][name] = evaluation.values
+            values[suffix][name] = evaluation.resampled
             # Those of masked lists are kept anyway; of the others half the bytes are enough, since
             # resamples are summed in float32.
             if evaluation is not evaluations[0]:
                 values[suffix][name] = {
-                    key: column.astype(np.float32) for key, column in evaluation.values.items()
+                    key: column.astype(np.float32) for key, column in evaluation.resampled.items()
                 }
             # The same of all rankings: it is the queries that have an answer or none.
             is_averaged[suffix] = evaluation.is_averaged
@@ -221,11 +233,36 @@ def _write_queries(
     queries: Queries,
     masked: Mapping[str, Evaluation],
     protocol: Measured,
-    labels: Mapping[str, Sequence[str]],
+    slices: Mapping[str, Slice],
 ) -> None:
     """Writes the figures of every query into the folder of a run."""
-    table = query_table(run.prepared.users["user_id"], queries, masked, protocol, labels)
+    table = query_table(
+        run.prepared.users["user_id"],
+        queries,
+        masked,
+        protocol,
+        label_queries(slices, queries),
+        item_ids=run.prepared.items["item_id"],
+    )
     write_query_table(table, query_table_path(run.workdir, record_name(protocol)))
+
+
+class _ItemSlices:
+    """The figures of slices of items, which are written beside those of the queries."""
+
+    def __init__(self, run: Run, queries: Queries):
+        self._run = run
+        self._queries = queries
+        self._tables: list[pa.Table] = []
+
+    def __call__(self, name: str, cells: Cells) -> None:
+        user_ids = self._run.prepared.users["user_id"]
+        self._tables.append(item_slice_table(user_ids, self._queries, name, cells))
+
+    def write(self, name: str) -> None:
+        """Writes them into the folder of the run, under the name of an evaluation."""
+        path = item_slice_path(self._run.workdir, name)
+        write_query_table(pa.concat_tables(self._tables), path)
 
 
 def _further(run: Run, names: Sequence[str]) -> FurtherMetrics:
@@ -241,9 +278,12 @@ def _further(run: Run, names: Sequence[str]) -> FurtherMetrics:
 
 def _measure_labels(run: Run, model: TwoTower, split: str, max_rows: int) -> Measured:
     """Measures a loss on labels and the heads, where there are any, on the rows of a split."""
+    # Training rows are sampled by default, as there are many and nobody reports on them.
+    if split == "train":
+        max_rows = max_rows or TRAIN_QUERIES
     if not label_tasks(run.config.objective):
         return {}
-    measure = make_head_metrics(run.prepared, model, split, max_rows=max_rows, with_curve=True)
+    measure = make_head_metrics(run.prepared, model, split, max_rows=max_rows, in_full=True)
     tasks = measure(run.weights)
     measured: Measured = {}
     if LABEL in tasks:
@@ -251,6 +291,14 @@ def _measure_labels(run: Run, model: TwoTower, split: str, max_rows: int) -> Mea
     if run.config.objective.heads:
         measured["heads"] = tasks
     return measured
+
+
+def without_intervals(measured: Mapping[str, Any]) -> Measured:
+    """Returns {"without_intervals": {figure: reason}} of the figures measured that have none."""
+    tasks = [measured.get("labels", {}), *measured.get("heads", {}).values()]
+    names = {name for figures in (measured["model"], *tasks) for name in figures}
+    reasons = {name: text for name, text in NO_INTERVAL.items() if name in names}
+    return {"without_intervals": reasons} if reasons else {}
 
 
 def measure_answers(queries: Queries, split: str, *, has_item_table: bool) -> Measured:
@@ -313,11 +361,19 @@ def _measure_new(
             "model": rows_of_scores(scores, rows),
             "random": random_scores(part.num_items),
         }
-        measured[name] = {
-            ranking: evaluate(scores, part, ks, mask_seen=True)
-            for ranking, scores in rankings.items()
-        }
+        found = {ranking: evaluate_masked(scores, part, ks) for ranking, scores in rankings.items()}
+        measured[name] = {ranking: one.figures for ranking, one in found.items()}
+        measured[f"{name}_intervals"] = _intervals_of(found, part)
     return measured
+
+
+def _intervals_of(evaluations: Mapping[str, Evaluation], queries: Queries) -> Ends:
+    """Returns the intervals of rankings of the same queries by one draw of counts."""
+    first = next(iter(evaluations))
+    values = {name: one.resampled for name, one in evaluations.items()}
+    where = evaluations[first].is_averaged
+    intervals, _ = paired_intervals(values, queries.user, where, first=first)
+    return intervals
 
 
 def measure_popularity_weights(
@@ -332,10 +388,11 @@ def measure_popularity_weights(
         weights: Factors by which the log count of an item is added to its score.
 
     Returns:
-        The metrics by weight, seen items masked.
+        "popularity_weights", the metrics by weight, seen items masked; and
+        "popularity_weights_intervals" likewise.
     """
     log_popularity = log_counts(queries.counts)
-    measured: Measured = {}
+    found: dict[str, Evaluation] = {}
     for weight in weights:
         # The default binds this turn's weight: a closure would see the last one.
         def weighed_scores(block: slice, weight: float = weight) -> jax.Array | np.ndarray:
@@ -344,8 +401,11 @@ def measure_popularity_weights(
             bonus = weight * pad_rows(log_popularity, scores.shape[1])
             return scores + bonus[None, :]
 
-        measured[f"{weight:g}"] = evaluate(weighed_scores, queries, ks, mask_seen=True)
-    return measured
+        found[f"{weight:g}"] = evaluate_masked(weighed_scores, queries, ks)
+    return {
+        "popularity_weights": {name: one.figures for name, one in found.items()},
+        "popularity_weights_intervals": _intervals_of(found, queries),
+    }
 
 
 def measure_index(retriever: Retriever, users: np.ndarray) -> Measured:

@@ -10,7 +10,7 @@ three categories counts once in each. Right answers outside of the corpus are in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from twotower.core.arrow import is_list, pc, plain_text
 from twotower.core.errors import ConfigError, did_you_mean
 from twotower.evaluation.baselines.make import NO_RIVALS
 from twotower.evaluation.evaluate import Evaluation
-from twotower.evaluation.intervals import interval_table
+from twotower.evaluation.intervals import paired_intervals
 from twotower.evaluation.metrics import RANKING_METRICS, hit_figures
 from twotower.evaluation.queries import Queries
 from twotower.pipeline.describe import list_separators
@@ -42,7 +42,6 @@ HISTORY_BUCKETS = {
     51: "51 to 100",
     101: "over 100",
 }
-INTERVAL_METRICS = ("recall", "ndcg")
 MISSING = "(missing)"
 
 
@@ -64,16 +63,18 @@ class Slice:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Cells:
+class Cells:
     """Pairs of a query and a value, each of which counts once in the means of the value.
 
     Attributes:
+        slice: The slice, with values of few queries joined.
         query: Number of the query, int [C].
         group: Number of the value, int [C].
         num_relevant: Number of right answers of the query that are of the value, int [C].
         values: Ranking -> metric -> float64 [C].
     """
 
+    slice: Slice
     query: np.ndarray
     group: np.ndarray
     num_relevant: np.ndarray
@@ -164,6 +165,8 @@ def measure_slices(
     queries: Queries,
     evaluations: Mapping[str, Evaluation],
     ks: Sequence[int],
+    *,
+    keep: Callable[[str, Cells], None] | None = None,
 ) -> dict[str, Any]:
     """Measures slices of lists with seen items masked.
 
@@ -172,17 +175,27 @@ def measure_slices(
         queries: Queries that were measured.
         evaluations: What was measured of each ranking with seen items masked; "model" is one.
         ks: Lengths of the lists.
+        keep: Function that is given the name and the cells of each slice of items.
 
     Returns:
         Name of the slice -> value -> "queries", the number of queries that are averaged; "model",
-        its metrics of accuracy; "intervals" of some of them; and of the baseline whose recall at
-        the shortest lists is the best of this value, "baseline_name" and "baseline".
+        its metrics of accuracy; "intervals" of them; and of the baseline whose recall at the
+        shortest lists is the best of this value, "baseline_name", "baseline", "baseline_intervals"
+        and "baseline_differences", the model less the baseline over the same users.
     """
     # As the lists are: right answers that are masked would count as missed.
     unseen = queries.without_seen()
-    return {
-        name: _measure_slice(part, unseen, evaluations, sorted(ks)) for name, part in slices.items()
-    }
+    measured = {}
+    for name, part in slices.items():
+        if part.joins_few:
+            part = _join_few(part, unseen)
+        cells_of = _item_cells if part.of_items else _query_cells
+        # One slice after the other: its cells hold all figures of all rankings.
+        cells = cells_of(part, unseen, evaluations, sorted(ks))
+        measured[name] = _measure_slice(cells, unseen, min(ks))
+        if keep is not None and part.of_items:
+            keep(name, cells)
+    return measured
 
 
 def label_queries(slices: Mapping[str, Slice], queries: Queries) -> dict[str, list[str]]:
@@ -209,19 +222,13 @@ def label_queries(slices: Mapping[str, Slice], queries: Queries) -> dict[str, li
     return labels
 
 
-def _measure_slice(
-    part: Slice, queries: Queries, evaluations: Mapping[str, Evaluation], ks: Sequence[int]
-) -> dict[str, Any]:
-    """Measures each value of a slice; the queries are those without what users had seen."""
-    if part.joins_few:
-        part = _join_few(part, queries)
-    cells = _item_cells if part.of_items else _query_cells
-    found = cells(part, queries, evaluations, ks)
+def _measure_slice(found: Cells, queries: Queries, k: int) -> dict[str, Any]:
+    """Measures each value of a slice, beside the baseline that is best in lists of length k."""
     # Chance and the truth are no systems that anybody could serve instead.
-    rivals = [name for name in evaluations if name != "model" and name not in NO_RIVALS]
-    best_by = f"recall@{ks[0]}"
+    rivals = [name for name in found.values if name != "model" and name not in NO_RIVALS]
+    best_by = f"recall@{k}"
     measured: dict[str, Any] = {}
-    for number, value in enumerate(part.values):
+    for number, value in enumerate(found.slice.values):
         rows = np.flatnonzero((found.group == number) & (found.num_relevant > 0))
         # A value that no query asks for has no mean.
         if not len(rows):
@@ -230,27 +237,35 @@ def _measure_slice(
             ranking: {name: float(column[rows].mean()) for name, column in columns.items()}
             for ranking, columns in found.values.items()
         }
-        some = {
-            name: column[rows]
-            for name, column in found.values["model"].items()
-            if name.partition("@")[0] in INTERVAL_METRICS
+        shown = ["model"]
+        if rivals:
+            shown.append(max(rivals, key=lambda name, means=means: means[name][best_by]))
+        columns = {
+            ranking: {name: column[rows] for name, column in found.values[ranking].items()}
+            for ranking in shown
         }
-        users = queries.user[found.query[rows]]
+        # Users are drawn, not queries: those of one user are not independent.
+        intervals, differences = paired_intervals(
+            columns, queries.user[found.query[rows]], np.ones(len(rows), bool), first="model"
+        )
         measured[value] = {
             "queries": len(rows),
             "model": means["model"],
-            # Users are drawn, not queries: those of one user are not independent.
-            "intervals": interval_table(some, users, np.ones(len(rows), bool)),
+            "intervals": intervals["model"],
         }
-        if rivals:
-            best = max(rivals, key=lambda name, means=means: means[name][best_by])
-            measured[value] |= {"baseline_name": best, "baseline": means[best]}
+        for best in shown[1:]:
+            measured[value] |= {
+                "baseline_name": best,
+                "baseline": means[best],
+                "baseline_intervals": intervals[best],
+                "baseline_differences": differences[best],
+            }
     return measured
 
 
 def _query_cells(
     part: Slice, queries: Queries, evaluations: Mapping[str, Evaluation], ks: Sequence[int]
-) -> _Cells:
+) -> Cells:
     """Returns the cells of a slice of queries, with the figures that the queries have."""
     del ks  # those of the evaluations
     query = part.groups.rows
@@ -261,12 +276,12 @@ def _query_cells(
             if name.partition("@")[0] in RANKING_METRICS:
                 columns[name] = column[query]
         values[ranking] = columns
-    return _Cells(query, part.groups.values, queries.num_relevant[query], values)
+    return Cells(part, query, part.groups.values, queries.num_relevant[query], values)
 
 
 def _item_cells(
     part: Slice, queries: Queries, evaluations: Mapping[str, Evaluation], ks: Sequence[int]
-) -> _Cells:
+) -> Cells:
     """Returns the cells of a slice of items, measured by their own right answers."""
     num_groups = len(part.values)
 
@@ -288,7 +303,7 @@ def _item_cells(
         # Every hit is a right answer, so that its cell is among them.
         cell = np.searchsorted(cells, keys[order])
         values[ranking] = hit_figures(cell, hits.rank[pair[order]], num_relevant, ks)
-    return _Cells(cells // num_groups, cells % num_groups, num_relevant, values)
+    return Cells(part, cells // num_groups, cells % num_groups, num_relevant, values)
 
 
 def _join_few(part: Slice, queries: Queries) -> Slice:

@@ -56,7 +56,7 @@ def _ours(data: Any, ks: Sequence[int], *, with_intervals: bool) -> Callable[[],
         both = evaluate_both(scores, queries, ks)
         if with_intervals:
             for evaluation in both:
-                interval_table(evaluation.values, queries.user, evaluation.is_averaged)
+                interval_table(evaluation.resampled, queries.user, evaluation.is_averaged)
         return both[0].figures
 
     return run

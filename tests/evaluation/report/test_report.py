@@ -283,6 +283,9 @@ def text_of(part):
 def test_labels_heads_and_the_calibration_curve_are_shown():
     pytest.importorskip("matplotlib", reason="the extra plots is not installed")
     heads = {"like": {"auc": 0.61, "rows": 1200}}
+    ends = {"intervals": {"auc": [0.58, 0.64]}}
+    with_ends = labels_section({"labels": LABELS | ends, "heads": heads})
+    assert "auc 0.7321 0.5800 to 0.6400 0.6100" in text_of(with_ends.html())
     part = labels_section({"labels": LABELS, "heads": heads}).html()
     said = text_of(part)
     # A metric that a head has not is no 0.

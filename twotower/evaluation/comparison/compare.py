@@ -22,7 +22,12 @@ from typing import Any
 import numpy as np
 
 from twotower.core.errors import ConfigError
-from twotower.evaluation.comparison.records import Record, check_alike
+from twotower.evaluation.comparison.records import (
+    Record,
+    answers_note,
+    check_alike,
+    item_slice,
+)
 from twotower.evaluation.intervals import interval, resampled_means
 
 ALPHA = 0.05  # share of false ones among the differences that are called real
@@ -89,7 +94,7 @@ class Row:
     Attributes:
         metric: Name of the metric.
         part: Queries that are averaged.
-        queries: Number of them.
+        queries: Number of them; of a slice of items those with a right answer of it.
         users: Number of their users.
         figures: Name of a run -> its mean.
         best: Name of the run with the greatest.
@@ -176,11 +181,19 @@ def compare_records(records: Sequence[Record], *, seed: int = 0) -> Comparison:
         raise ConfigError(f"{repeated[0]} is given {len(repeated)} times; give other runs.")
     check_alike(records)
     metrics, notes = _shared_metrics(records)
+    notes += answers_note(records)
     rows: list[Row] = []
     differences: list[Difference] = []
-    for part, where in parts_of(records[0]):
-        differences += differences_of(records, metrics, part, where, seed=seed)
-        rows += _rows_of(records, metrics, part, where)
+    divided = [(part, where, records) for part, where in parts_of(records[0])]
+    for name in dict.fromkeys(itertools.chain.from_iterable(one.of_items for one in records)):
+        pairs, reason = item_slice(records, name)
+        if reason:
+            notes.append(f"Left out: {reason}.")
+        else:
+            divided += [(part, where, pairs) for part, where in parts_of(pairs[0])[1:]]
+    for part, where, of_part in divided:
+        differences += differences_of(of_part, metrics, part, where, seed=seed)
+        rows += _rows_of(of_part, metrics, part, where)
     # Over all parts and metrics at once: who looks at hundreds of differences finds some by chance.
     differences = adjust(differences)
     return Comparison(

@@ -18,14 +18,18 @@ import numpy as np
 from twotower.core.errors import ConfigError, choose, did_you_mean, echo
 from twotower.core.files import read_json
 from twotower.evaluation.comparison.compare import ALL, Part, differences_of, parts_of
-from twotower.evaluation.comparison.records import Record, check_alike
+from twotower.evaluation.comparison.records import (
+    Record,
+    answers_note,
+    check_alike,
+    item_slice,
+)
 from twotower.evaluation.metrics import ranking_figures
 
 Verdict = Literal["passes", "fails", "undecided"]
 EXIT_CODES: Mapping[Verdict, int] = {"passes": 0, "fails": 1, "undecided": 2}
 DEFAULT_METRICS = ("recall", "ndcg")
 DEFAULT_SHARE = 0.05
-ITEM_SLICES = ("items", "item_popularity")  # of every evaluation; see `evaluation.slices`
 TENTH = 0.1
 # Of the training: a first validation later than this says nothing of a tenth of it.
 LATEST_VALIDATION = 0.25
@@ -61,7 +65,7 @@ class Check:
     """One threshold, judged.
 
     Attributes:
-        metric, part: Metric and queries.
+        metric, part: Metric, and queries or right answers of items.
         standing: Figure of the run that stands.
         candidate: Figure of the candidate.
         low, high: Ends of the interval of candidate less standing.
@@ -105,6 +109,7 @@ class Judgement:
         checks: Thresholds, judged.
         preflight: Models of known worth.
         refusal: Sentence on why nothing can be judged; empty where it can.
+        notes: Sentences on what was compared less closely than it could be.
     """
 
     standing: str
@@ -113,6 +118,7 @@ class Judgement:
     checks: tuple[Check, ...]
     preflight: tuple[Trial, ...]
     refusal: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -133,10 +139,13 @@ def read_thresholds(content: Mapping[str, Any], record: Record) -> list[Threshol
     """
     thresholds = _of_part(content, [ALL], record, "")
     parts = [part for part, _ in parts_of(record) if part != ALL]
+    for pairs in record.of_items.values():
+        parts += [part for part, _ in parts_of(pairs) if part != ALL]
     for name, of_slice in _mapping(content.get("slices", {}), "slices").items():
         found = [part for part in parts if name in (part.slice, str(part))]
         if not found:
-            raise ConfigError(_unknown_slice(name, [*record.slices, *map(str, parts)]))
+            known = [*record.slices, *record.of_items, *map(str, parts)]
+            raise ConfigError(_unknown_slice(name, known, record))
         thresholds += _of_part(of_slice, found, record, f"slices.{name}.")
     if not thresholds:
         raise ConfigError(
@@ -145,18 +154,18 @@ def read_thresholds(content: Mapping[str, Any], record: Record) -> list[Threshol
     return thresholds
 
 
-def _unknown_slice(name: str, known: Sequence[str]) -> str:
-    """Returns what is said of a slice that no query is of."""
-    slice_name = name.partition("=")[0]
-    is_of_items = slice_name in ITEM_SLICES or slice_name.startswith("item.")
-    # "users=cold" is spelt like "items=cold", and something else.
-    hint = "." if is_of_items else did_you_mean(name, known)
-    return (
+def _unknown_slice(name: str, known: Sequence[str], record: Record) -> str:
+    """Returns what is said of a slice that no query, and no right answer, is of."""
+    # Its evaluation is older than the file that has them; "users=cold" is spelt like "items=cold".
+    is_old = name.startswith("item") and not record.of_items
+    hint = "." if is_old else did_you_mean(name, known)
+    told = (
         f"the slice of the thresholds={name!r} is not known{hint} Known: "
-        f"{', '.join(sorted(set(known)))}. Slices of items (items, item_popularity, a column of "
-        "the items) are no slices of queries: they divide the right answers, and of a query one "
-        "figure over all its answers is recorded, so that nothing could be paired."
+        f"{', '.join(sorted(set(known)))}."
     )
+    if is_old:
+        told += f" {record.name} recorded no slices of items: evaluate it again to have them."
+    return told
 
 
 def default_thresholds(record: Record) -> list[Threshold]:
@@ -242,25 +251,27 @@ def judge(
         checks=tuple(checks),
         preflight=tuple(preflight),
         refusal=refusal,
+        notes=tuple(answers_note([standing, candidate])),
     )
 
 
 def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) -> list[Check]:
     """Returns every threshold, judged, in their order."""
-    asked = dict(parts_of(standing))
+    asked = {part: (where, (standing, candidate)) for part, where in parts_of(standing)}
     by_part: dict[Part, list[Threshold]] = {}
     for threshold in thresholds:
         by_part.setdefault(threshold.part, []).append(threshold)
     checks = []
     for part, of_part in by_part.items():
-        where = asked[part]
+        if part not in asked:
+            asked |= _pairs_of(part.slice, standing, candidate)
+        where, pair = asked[part]
         # Once each: a metric may have a tolerance twice, and one set of resamples serves a part.
         metrics = list(dict.fromkeys(threshold.metric for threshold in of_part))
-        pair = (standing, candidate)
         found = {one.metric: one for one in differences_of(pair, metrics, part, where)}
         for threshold in of_part:
             one = found[threshold.metric]
-            figure = float(standing.values[threshold.metric][where].mean())
+            figure = float(pair[0].values[threshold.metric][where].mean())
             tolerance = threshold.loss(figure)
             checks.append(
                 Check(
@@ -275,6 +286,17 @@ def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) 
                 )
             )
     return checks
+
+
+def _pairs_of(
+    name: str, standing: Record, candidate: Record
+) -> dict[Part, tuple[np.ndarray, tuple[Record, Record]]]:
+    """Returns the parts of a slice of items, with the records of its pairs."""
+    pairs, reason = item_slice([standing, candidate], name)
+    if reason:
+        raise ConfigError(f"The thresholds name the slice {name}, but {reason}.")
+    one, other = pairs
+    return {part: (where, (one, other)) for part, where in parts_of(one)[1:]}
 
 
 def _verdict(low: float, high: float, tolerance: float) -> Verdict:
@@ -337,7 +359,11 @@ def random_order(record: Record, *, seed: int = 0) -> Record:
     hits[queries[is_listed], ranks[is_listed]] = True
     # By the metrics' own function, so that a random order is judged as any model is.
     figures = ranking_figures(hits, record.relevant, ks)
-    return dataclasses.replace(record, values={name: figures[name] for name in record.values})
+    return dataclasses.replace(
+        record,
+        values={name: figures[name] for name in record.values},
+        of_items={name: random_order(one, seed=seed) for name, one in record.of_items.items()},
+    )
 
 
 def equal_scores(record: Record) -> Record:
@@ -346,7 +372,8 @@ def equal_scores(record: Record) -> Record:
     Ties never count for a model: it finds nothing.
     """
     values = {name: np.zeros(len(record.relevant)) for name in record.values}
-    return dataclasses.replace(record, values=values)
+    of_items = {name: equal_scores(one) for name, one in record.of_items.items()}
+    return dataclasses.replace(record, values=values, of_items=of_items)
 
 
 def mix(record: Record, other: Record, share: float, *, seed: int = 0) -> Record:
@@ -363,7 +390,11 @@ def mix(record: Record, other: Record, share: float, *, seed: int = 0) -> Record
     values = {
         name: np.where(is_kept, found, other.values[name]) for name, found in record.values.items()
     }
-    return dataclasses.replace(record, values=values)
+    of_items = {
+        name: mix(one, other.of_items[name], share, seed=seed)
+        for name, one in record.of_items.items()
+    }
+    return dataclasses.replace(record, values=values, of_items=of_items)
 
 
 def undertrained_by_curve(

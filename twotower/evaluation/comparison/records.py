@@ -16,7 +16,12 @@ from twotower.core.errors import ConfigError, choose, echo
 from twotower.core.install import command
 from twotower.evaluation.metrics import RANKING_METRICS
 from twotower.evaluation.queries import EARLIER_PARTS, TARGETS
-from twotower.evaluation.query_table import PROTOCOL_KEY, SLICE, query_table_path
+from twotower.evaluation.query_table import (
+    PROTOCOL_KEY,
+    SLICE,
+    item_slice_path,
+    query_table_path,
+)
 
 MODEL = "model"  # ranking of a run's own towers
 # Entries of a protocol that are the model's, or that say which figures there are: runs may differ
@@ -36,6 +41,11 @@ class Record:
         values: Metric -> float64 [Q], the mean over seeds; NaN where nothing was asked.
         slices: Name of a division of the queries -> its value of each, Q texts; "" is none.
         seeds: Metric -> mean of each seed, float64 [S]; empty for a single run.
+        answers: Hash of the right answers of each query, uint64 [Q]; None of an evaluation that
+            recorded their number alone.
+        of_items: Name of a slice of items -> the figures of each query and value of it, a record
+            whose "queries" are these pairs and whose only division is the slice; empty of an
+            evaluation that did not record them.
     """
 
     name: str
@@ -45,6 +55,8 @@ class Record:
     values: Mapping[str, np.ndarray]
     slices: Mapping[str, np.ndarray]
     seeds: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    answers: np.ndarray | None = None
+    of_items: Mapping[str, Record] = dataclasses.field(default_factory=dict)
 
     @property
     def is_asked(self) -> np.ndarray:
@@ -73,17 +85,17 @@ def read_record(name: str, split: str = "test") -> Record:
         raise ConfigError(f"{name} is no folder of a run.")
     seeds = sorted(folder.glob("seed-*"))
     if not seeds:
-        return _read_table(name, query_table_path(folder, split), ranking, split)
-    paths = [query_table_path(seed, split) for seed in seeds]
+        return _read_tables(name, folder, ranking, split)
     # Baselines do not depend on the seed, and are measured with the first alone.
     if ranking != MODEL:
-        return _read_table(name, paths[0], ranking, split)
-    return _average([_read_table(name, path, ranking, split) for path in paths])
+        return _read_tables(name, seeds[0], ranking, split)
+    return _average([_read_tables(name, seed, ranking, split) for seed in seeds])
 
 
-def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
+def _read_tables(name: str, workdir: Path, ranking: str, split: str) -> Record:
+    """Reads the figures of the queries of a run, and those of its slices of items beside them."""
+    path = query_table_path(workdir, split)
     if not path.exists():
-        workdir = path.parent.parent
         # With baselines, which the next comparison may name.
         flags = [f"--workdir={workdir}", "--baselines"]
         flags += _flags_of(split)
@@ -91,11 +103,38 @@ def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
             f"{workdir} has no {path.relative_to(workdir)}: it was not evaluated. "
             f"Evaluate it first: {command('evaluate', *flags)}"
         )
+    record = _read_table(name, path, ranking)
+    beside = item_slice_path(workdir, split)
+    # Of evaluations before there was such a file, or of a test set of which none is asked for.
+    if not beside.exists():
+        return record
+    cells = _read_table(name, beside, ranking, record.protocol)
+    of_items = {}
+    for part in dict.fromkeys(cells.slices["slice"]):
+        where = cells.slices["slice"] == part
+        of_items[part] = dataclasses.replace(
+            cells,
+            users=cells.users[where],
+            relevant=cells.relevant[where],
+            values={metric: column[where] for metric, column in cells.values.items()},
+            slices={part: cells.slices["value"][where]},
+        )
+    return dataclasses.replace(record, of_items=of_items)
+
+
+def _read_table(
+    name: str, path: Path, ranking: str, protocol: Mapping[str, Any] | None = None
+) -> Record:
+    """Reads a table of queries, or of the pairs of slices of items, which has no protocol."""
     try:
         table = pq.read_table(path)
-        protocol = json.loads((table.schema.metadata or {})[PROTOCOL_KEY])
+        names = ["user", "query"]
+        if protocol is not None:
+            names += ["slice", "value"]
+        protocol = protocol or json.loads((table.schema.metadata or {})[PROTOCOL_KEY])
+        assert protocol is not None, "JSON of an evaluation is a mapping"
         # By users, not in the order of a table that another run may have read otherwise.
-        table = table.sort_by([("user", "ascending"), ("query", "ascending")])
+        table = table.sort_by([(column, "ascending") for column in names])
         users = table["user"].to_numpy(zero_copy_only=False)
         relevant = table["relevant"].to_numpy()
     except (KeyError, ValueError, pa.ArrowException) as error:
@@ -105,11 +144,14 @@ def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
     values: dict[str, np.ndarray] = {}
     rankings: dict[str, None] = {}
     slices: dict[str, np.ndarray] = {}
+    answers = None
     for column in table.column_names:
         start, _, metric = column.rpartition("/")
-        if column.startswith(SLICE):
+        if column.startswith(SLICE) or column in ("slice", "value"):
             texts = table[column].cast(pa.string()).fill_null("")
             slices[column.removeprefix(SLICE)] = texts.to_numpy(zero_copy_only=False)
+        elif column == "answers":
+            answers = table[column].to_numpy()
         # Other columns hold facts of the queries, and none of a ranking.
         elif metric.partition("@")[0] in RANKING_METRICS:
             rankings[start] = None
@@ -118,7 +160,7 @@ def _read_table(name: str, path: Path, ranking: str, split: str) -> Record:
                 values[metric] = floats.to_numpy(zero_copy_only=False)
     if ranking not in rankings:
         choose(rankings, ranking, f"the ranking of {name}")
-    return Record(name, protocol, users, relevant, values, slices)
+    return Record(name, protocol, users, relevant, values, slices, answers=answers)
 
 
 def _flags_of(name: str) -> list[str]:
@@ -145,7 +187,22 @@ def _average(records: Sequence[Record]) -> Record:
         values[metric] = stacked.mean(0)
         if first.is_asked.any():
             seeds[metric] = stacked[:, first.is_asked].mean(1)
-    return dataclasses.replace(first, values=values, seeds=seeds)
+    # Those that all seeds have and divide alike.
+    of_items = {
+        part: _average(pairs) for part in first.of_items if (pairs := item_slice(records, part)[0])
+    }
+    return dataclasses.replace(first, values=values, seeds=seeds, of_items=of_items)
+
+
+def answers_note(records: Sequence[Record]) -> list[str]:
+    """Returns what is said where the right answers of records are compared by their numbers."""
+    unknown = [record.name for record in records if record.answers is None]
+    if not unknown:
+        return []
+    return [
+        f"The right answers are compared by their numbers alone, as {', '.join(unknown)} recorded "
+        "no more: evaluate again to have the answers themselves compared."
+    ]
 
 
 def check_alike(records: Sequence[Record]) -> None:
@@ -186,13 +243,59 @@ def _query_differences(one: Record, other: Record) -> list[str]:
         number = int(is_other_user.sum())
         pair = f"{echo(one.users[row])} and {echo(other.users[row])}"
         return [f"{number:,} queries are of other users, the first {pair}"]
-    # By their number alone: the right answers themselves are not recorded.
     is_changed = one.relevant != other.relevant
     if is_changed.any():
         row = int(is_changed.argmax())
         answers = f"{one.relevant[row]} and {other.relevant[row]}"
-        return [
-            f"{int(is_changed.sum()):,} queries have other right answers, the first that of "
-            f"user {echo(one.users[row])} with {answers}"
-        ]
+        return [_changed_answers(one, is_changed, f"with {answers}")]
+    # Two test sets of like sizes differ in these alone. Evaluations of before recorded none.
+    if one.answers is not None and other.answers is not None:
+        is_changed = one.answers != other.answers
+        if is_changed.any():
+            return [_changed_answers(one, is_changed, "with as many of other items")]
     return []
+
+
+def item_slice(records: Sequence[Record], name: str) -> tuple[list[Record], str]:
+    """Returns what records have of a slice of items, if the pairs of all are the same.
+
+    Args:
+        records: Records of the same queries.
+        name: Name of the slice.
+
+    Returns:
+        The records of its pairs; or none, and why: "b has no figures of the slice items".
+    """
+    found = []
+    for record in records:
+        if name not in record.of_items:
+            return [], (
+                f"{record.name} has no figures of the slice {name}: evaluate it again, with "
+                f"--slices={name} if it is a column"
+            )
+        found.append(record.of_items[name])
+    for other in found[1:]:
+        one = found[0]
+        # Popularity and what is cold go by the training rows, which may differ.
+        is_same = len(one.users) == len(other.users) and all(
+            (mine == theirs).all()
+            for mine, theirs in (
+                (one.users, other.users),
+                (one.slices[name], other.slices[name]),
+                (one.relevant, other.relevant),
+            )
+        )
+        if not is_same:
+            return [], (
+                f"{one.name} and {other.name} divide the items otherwise by {name}: their "
+                "training rows or their tables of items differ"
+            )
+    return found, ""
+
+
+def _changed_answers(record: Record, is_changed: np.ndarray, how: str) -> str:
+    row = int(is_changed.argmax())
+    return (
+        f"{int(is_changed.sum()):,} queries have other right answers, the first that of user "
+        f"{echo(record.users[row])} {how}"
+    )

@@ -192,6 +192,7 @@ def format_judgement(judgement: Judgement) -> str:
     names = [judgement.standing, judgement.candidate]
     header = ["", "queries", *names, f"{LEVEL:.0%} interval of the difference", "limit", "verdict"]
     lines += ["", format_table(rows, header, align="llrrrrl"), ""]
+    lines += judgement.notes
     if judgement.refusal:
         lines.append(f"UNDECIDED. {judgement.refusal}")
     else:

@@ -28,11 +28,21 @@ def labels_section(measured: Measured) -> Section | None:
     tasks |= measured.get("heads", {})
     if not tasks:
         return None
-    rows = []
-    for metric in HEAD_METRICS:
-        rows.append([metric.replace("_", " "), *(_figure(task, metric) for task in tasks.values())])
-    rows.append(["rows with a label", *(f"{task['rows']:,}" for task in tasks.values())])
-    figures = Table(["", *tasks], rows, "Probabilities against labels")
+    header = [""]
+    last = ["rows with a label"]
+    columns: list[list[str]] = []
+    for name, task in tasks.items():
+        header.append(name)
+        last.append(f"{task['rows']:,}")
+        columns.append([_figure(task, metric) for metric in HEAD_METRICS])
+        # Figures of earlier versions have none.
+        if "intervals" in task:
+            header.append(f"{LEVEL:.0%} interval")
+            last.append("")
+            columns.append([_ends(task["intervals"].get(metric)) for metric in HEAD_METRICS])
+    names = [metric.replace("_", " ") for metric in HEAD_METRICS]
+    rows = [*map(list, zip(names, *columns)), last]
+    figures = Table(header, rows, "Probabilities against labels")
     blocks = [table(figures)]
     curve = (label or {}).get("calibration_curve")
     if curve:
@@ -47,9 +57,13 @@ def labels_section(measured: Measured) -> Section | None:
     )
 
 
-def _figure(task: Mapping[str, float], metric: str) -> str:
+def _figure(task: Mapping[str, Any], metric: str) -> str:
     # Not 0: rows that all have one label have no AUC, for instance.
     return f"{task[metric]:.4f}" if metric in task else "-"
+
+
+def _ends(ends: Sequence[float] | None) -> str:
+    return f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else "-"
 
 
 def _calibration_chart(curve: Sequence[Mapping[str, float]]) -> Chart:

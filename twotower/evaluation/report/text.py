@@ -101,20 +101,38 @@ def format_report(measured: Mapping[str, Any], ks: Sequence[int], width: int = 0
         if name in measured:
             queries = measured[name]["model"]["queries"]
             lines += ["", f"{title} ({queries:,} queries, seen items masked):"]
-            lines.append(format_metrics(measured[name], ks))
+            # Figures of earlier versions have none.
+            intervals = measured.get(f"{name}_intervals", {})
+            lines.append(format_metrics(measured[name], ks, intervals))
     lines += format_slices(measured.get("slices", {}), min(ks))
     if "baseline_choices" in measured:
         lines += ["", _choices_line(measured["baseline_choices"])]
-    if "popularity_weights" in measured:
-        weights = measured["popularity_weights"]
-        columns = {f"weight {weight}": values for weight, values in weights.items()}
-        lines += ["", "Popularity weighed, seen items masked:", format_metrics(columns, ks)]
+    lines += _weight_lines(measured.get("popularity_weights", {}), ks)
     lines += _label_lines(measured)
+    lines += _without_intervals(measured.get("without_intervals", {}))
     if "sanity" in measured:
         lines += ["", format_sanity(measured["sanity"])]
     if "index" in measured:
         lines += ["", _index_line(measured["index"])]
     return "\n".join(lines)
+
+
+def _weight_lines(weights: Mapping[str, Mapping[str, float]], ks: Sequence[int]) -> list[str]:
+    """Returns the table of weights of popularity, where any were measured."""
+    if not weights:
+        return []
+    columns = {f"weight {weight}": values for weight, values in weights.items()}
+    # A column of intervals beside each weight would be too wide for a terminal.
+    title = "Popularity weighed, seen items masked (intervals are in the file):"
+    return ["", title, format_metrics(columns, ks)]
+
+
+def _without_intervals(reasons: Mapping[str, str]) -> list[str]:
+    """Returns which figures have no interval, and why not."""
+    if not reasons:
+        return []
+    told = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return ["", f"Without an interval: {told}."]
 
 
 def _beside_baselines(
@@ -209,18 +227,23 @@ def _figure(values: Mapping[str, float], name: str) -> str:
 
 
 def _interval(ends: Sequence[float] | None) -> str:
-    """Returns an interval as text; a figure of all lists together, such as coverage, has none."""
+    """Returns an interval as text; a few figures have none, see "without_intervals"."""
     if ends is None:
         return "-"
     low, high = ends
     return f"{low:.4f} to {high:.4f}"
 
 
-def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
+def format_heads(heads: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns a table with a column for each head and a row for each metric.
 
     A metric that is not defined for a head is "-".
     """
+    header = [""]
+    for head, measured in heads.items():
+        header.append(head)
+        if "intervals" in measured:
+            header.append(f"{LEVEL:.0%} interval")
     rows = []
     for name in HEAD_METRICS:
         row = [name]
@@ -230,9 +253,16 @@ def format_heads(heads: Mapping[str, Mapping[str, float]]) -> str:
             if name in measured:
                 figure = f"{measured[name]:.4f}"
             row.append(figure)
+            if "intervals" in measured:
+                row.append(_interval(measured["intervals"].get(name)))
         rows.append(row)
-    rows.append(["rows", *(f"{measured['rows']:,}" for measured in heads.values())])
-    return format_table(rows, ["", *heads], align="lr")
+    row = ["rows"]
+    for measured in heads.values():
+        row.append(f"{measured['rows']:,}")
+        if "intervals" in measured:
+            row.append("")
+    rows.append(row)
+    return format_table(rows, header, align="lr")
 
 
 def format_seeds(measured: Sequence[Mapping[str, Any]], ks: Sequence[int], split: str) -> str:
