@@ -213,7 +213,9 @@ def test_few_values_have_the_rows_of_a_column(monkeypatch):
     assert vocabulary.hash_texts(["a", "", "é" * 40, "a" * 300]).tolist() == [
         python_hash(text) for text in ("a", "", "é" * 40, "a" * 300)
     ]
-    assert vocabulary.hash_texts(["a", "حذاء"]).tolist() == [python_hash("a"), python_hash("حذاء")]
+    # One by one, and more of them at once.
+    for texts in (["a", "حذاء"], [f"item-{number:07}" for number in range(12)]):
+        assert vocabulary.hash_texts(texts).tolist() == list(map(python_hash, texts))
 
 
 def test_what_recent_values_keep_is_bounded(monkeypatch):

@@ -13,6 +13,7 @@ from tests.index.oracles import (
     stable_sort,
 )
 from twotower.config import RetrievalConfig
+from twotower.core.arrays import Ragged
 from twotower.core.errors import QueryError
 from twotower.index.build import build_index
 from twotower.index.exact import ExactIndex
@@ -70,6 +71,22 @@ def test_few_items_of_an_index_without_conditions(num_items, num_allowed):
         UnconditionalIndex(items), items, QUERIES, 5, allowed=AllowedRows.from_mask(mask)
     )
     assert_same_lists(found, stable_sort(QUERIES, items, 5, allowed=mask))
+
+
+@pytest.mark.parametrize("most", [0, 6, 300])
+@pytest.mark.parametrize("k", [1, 10, 300, 500])
+def test_one_user_is_answered_as_among_many(most, k):
+    """By ways of its own: those first found are all there, a loop, and NumPy for a long list."""
+    index = UnconditionalIndex(ITEMS)
+    exclude = rising_exclusions(19, 400, most=most)
+    for user in range(19):
+        one = exclude.take(np.array([user]))
+        # With the best of all excluded, too.
+        best = np.argsort(-(QUERIES[user] @ ITEMS.T), kind="stable")[:2].astype(np.int32)
+        for lists in (one, Ragged.one(np.unique(np.append(one.values, best)).astype(np.int32))):
+            found = search_filtered(index, ITEMS, QUERIES[user : user + 1], k, lists)
+            expected = stable_sort(QUERIES[user : user + 1], ITEMS, k, lists)
+            assert_same_lists(found, expected)
 
 
 @pytest.fixture(scope="module")

@@ -100,9 +100,10 @@ class Ragged:
         rows = np.asarray(rows, np.int64)
         # A request takes one row: its values need no copy.
         if len(rows) == 1:
+            row = rows.item()
             values = self.values[:0]
-            if rows[0] >= 0:
-                values = self[rows[0]]
+            if row >= 0:
+                values = self.values[self.offsets.item(row) : self.offsets.item(row + 1)]
             return Ragged.one(np.asarray(values))
         starts = self.offsets[rows]
         # Of these lists alone: `lengths` would be that of all lists. -1 reads no list's bounds
@@ -323,6 +324,20 @@ def mix64(x: Any) -> Any:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def mix64_int(x: int) -> int:
+    """Returns what `mix64` does of a single integer below 2^64.
+
+    >>> numbers = [1, 2**64 - 1]
+    >>> list(map(mix64_int, numbers)) == mix64(np.array(numbers, np.uint64)).tolist()
+    True
+    """
+    mask = 0xFFFFFFFFFFFFFFFF
+    x = (x + 0x9E3779B97F4A7C15) & mask
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+    return x ^ (x >> 31)
 
 
 def mix32(x: Any) -> Any:

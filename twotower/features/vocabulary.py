@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from twotower.core.arrays import mix64
+from twotower.core.arrays import mix64, mix64_int
 from twotower.core.arrow import pc, texts_reader
 from twotower.core.codes import codes_and_values
 
@@ -30,6 +30,7 @@ _TABLE_POSITIONS = 64
 # Bytes of texts that are hashed by the table: of more, whole-array operations take less time.
 _MAX_TABLE_BYTES = 256
 _MASK = 2**64 - 1
+_MAX_MIXED = 8  # texts whose hashes are mixed one by one
 # Values from which on their hashes are written with them: to make them takes a second a million.
 _STORED_HASHES = 2**20
 # Known values that requests had, whose rows are kept: 150 bytes each at most, and then some text.
@@ -125,8 +126,11 @@ def hash_texts(texts: Sequence[str]) -> UInt64[np.ndarray, " N"]:
         offsets = np.cumsum([0, *lengths])
         return _hash_block(np.frombuffer(b"".join(encoded), np.uint8), offsets)
     table = _word_table()
-    sums = [sum(map(list.__getitem__, table, data), len(data)) for data in encoded]
-    return mix64(np.array([total & _MASK for total in sums], np.uint64))
+    sums = [sum(map(list.__getitem__, table, data), len(data)) & _MASK for data in encoded]
+    # Of one text NumPy's ten calls take most of the time.
+    if len(sums) <= _MAX_MIXED:
+        return np.array([mix64_int(total) for total in sums], np.uint64)
+    return mix64(np.array(sums, np.uint64))
 
 
 @functools.cache

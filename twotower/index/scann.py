@@ -153,14 +153,12 @@ class ScannIndex(TunedIndex):
         k = min(k, self.num_items)
         if not len(queries) or not k:
             return empty_lists(len(queries), k)
-        options = {"final_num_neighbors": k}
-        if self.tuning.num_leaves:
-            options["leaves_to_search"] = leaves
-        if self.tuning.hashed:
-            # Fewer candidates than the list is long would cut it short without a word.
-            options["pre_reorder_num_neighbors"] = max(reorder, k)
+        # -1 is ScaNN's own choice. Fewer candidates than the list is long would cut it short
+        # without a word.
+        leaves = leaves if self.tuning.num_leaves else -1
+        reorder = max(reorder, k) if self.tuning.hashed else -1
         # ScaNN's rows are unsigned; those of every index are int32, so that -1 can stand for none.
-        neighbors, products = self._call_searcher(queries, options)
+        neighbors, products = self._call_searcher(queries, k, leaves, reorder)
         # ScaNN fills short lists with row 0 at score NaN, which makes the sum of squares NaN.
         # That is one pass, and no array, for nearly all answers.
         if neighbors.shape[1] == k and np.vdot(products, products) < np.inf:
@@ -196,18 +194,18 @@ class ScannIndex(TunedIndex):
         return import_scann()
 
     def _call_searcher(
-        self, queries: np.ndarray, options: dict[str, int]
+        self, queries: np.ndarray, k: int, leaves: int, reorder: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns (rows, scores) [Q, <= k] by the fastest of ScaNN's three calls."""
         if len(queries) == 1:
             # As its method of Python does, which takes a microsecond of the thirty.
-            rows, scores = self._searcher.searcher.search(
-                queries[0],
-                options["final_num_neighbors"],
-                options.get("pre_reorder_num_neighbors", -1),
-                options.get("leaves_to_search", -1),
-            )
+            rows, scores = self._searcher.searcher.search(queries[0], k, reorder, leaves)
             return rows[None], scores[None]
+        options = {
+            "final_num_neighbors": k,
+            "pre_reorder_num_neighbors": reorder,
+            "leaves_to_search": leaves,
+        }
         # On one core its threads only stand in each other's way.
         is_large = len(queries) >= MIN_PARALLEL_QUERIES
         if is_large and self._is_parallel and _num_cores() > 1:

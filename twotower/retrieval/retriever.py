@@ -724,7 +724,8 @@ class Retriever:
 
         The towers are compiled for one user and for each power of two of users up to a number,
         which `recommend_many` and `encode_users` pad to, and for one item, as an upsert has it, and
-        lists are searched once. A server calls it before it says that it is ready.
+        lists are searched once, and display columns are read. A server calls it before it says that
+        it is ready.
 
         >>> tt.Retriever.load("runs/mine/bundle").warm(4)
         'Compiled the user tower for 1, 2 and 4 rows and the item tower for 1.'
@@ -738,8 +739,9 @@ class Retriever:
         sizes = towers.warm("user", rows, up_to=check_k(up_to, "up_to"))
         no_item = pa.table({"item_id": pa.nulls(1, pa.string())})
         towers.warm("item", self.bundle.encoder.encode("item", no_item), up_to=1)
-        # Exact search is compiled for each power of two of excluded items.
         snapshot = self._live.catalogue.snapshot
+        snapshot.base.prepare_rows()
+        # Exact search is compiled for each power of two of excluded items.
         vector = np.eye(1, towers.dim, dtype=np.float32)
         excluded = 0
         while excluded <= min(MAX_WARMED, 2 * self.bundle.seen.longest, len(snapshot.base)):

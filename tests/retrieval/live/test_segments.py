@@ -72,10 +72,12 @@ def test_no_rows_at_all():
         assert values_reader(pa.chunked_array([column]))([]) == []
 
 
+@pytest.mark.parametrize("is_prepared", [False, True])
 @pytest.mark.parametrize("shown", ["titles", "lists"])
-def test_a_list_may_be_changed_by_who_is_given_it(shown, monkeypatch):
+def test_a_list_may_be_changed_by_who_is_given_it(shown, is_prepared, monkeypatch):
     """What is kept of an item for later lists is not what was handed out; it is bounded, too."""
-    monkeypatch.setattr(segments, "MAX_ROWS_READ", 3)
+    # Three rows of two columns.
+    monkeypatch.setattr(segments, "MAX_VALUES_READ", 6)
     columns = {"item_id": pa.array(list("abcdef")), "tags": COLUMNS["lists"]}
     if shown == "titles":
         columns["tags"] = pa.array(TEXT)
@@ -83,11 +85,14 @@ def test_a_list_may_be_changed_by_who_is_given_it(shown, monkeypatch):
     vectors = np.eye(6, dtype=np.float32)
     numbers = np.arange(6)
     base = BaseSegment.build(ExactIndex(vectors), vectors, items, np.ones(6, int), numbers, 6)
-    for rows in ([0, 1, 3], [3, 0, 5], [4, 2, 0], [0, 1, 3]):
+    if is_prepared:
+        base.prepare_rows()
+        assert sorted(base._rows_read) == ([0, 1, 2] if shown == "titles" else [])
+    for rows in ([0, 1, 3], [3, 0, 5], [4, 2, 0], [0, 1, 3], [1, 1, 2]):
         found = base.read_rows(np.array(rows))
         assert found == items.take(pa.array(rows)).to_pylist()
         for row in found:
             row["item_id"] = "changed"
             if isinstance(row["tags"], list):
                 row["tags"].append("changed")
-        assert len(base._rows_read) <= 3 + len(rows)
+        assert len(base._rows_read) <= 3

@@ -108,8 +108,8 @@ class LiveCatalogue:
 
     def numbers_of(self, ids: Iterable[str]) -> np.ndarray:
         """Returns the numbers of ids, int64; ids that never were in the catalogue are left out."""
-        known = [self.numbers.get(item) for item in dict.fromkeys(ids)]
-        return np.array([number for number in known if number is not None], np.int64)
+        found = map(self.numbers.get, dict.fromkeys(ids))
+        return np.array([number for number in found if number is not None], np.int64)
 
     def counts_of(self, numbers: np.ndarray) -> np.ndarray:
         """Returns the training rows of items, int64; 0 of items that came after training."""

@@ -24,14 +24,17 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.core.arrow import int_array, texts_reader
-from twotower.index.base import Index
+from twotower.index.base import Index, RemoteSearch
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import Vectors, popularity_coordinate
 
 NOT_REMOVED = np.iinfo(np.int64).max  # the tombstone of items that exist: later than any change
 MIN_CAPACITY = 1_024  # slots of a new memtable
 MAX_SINGLE_ROWS = 20  # rows whose values are read one by one, not by Arrow
-MAX_ROWS_READ = 16_384  # rows whose values are kept for the next lists with them
+# Values that are kept for the next lists with their rows: at most so many, and of so many bytes in
+# Arrow, of which objects of Python take two to four times as much.
+MAX_VALUES_READ = 2**20
+MAX_BYTES_READ = 2**26
 EPSILON = 1e-30  # least length that a vector is divided by: zeros stay zeros
 
 # Rows of a column -> their values, None for null.
@@ -114,20 +117,37 @@ class BaseSegment:
 
     def read_rows(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """Returns item_id and display columns of some rows."""
-        # Arrow's own way takes longer for a list of ten, and less for a hundred.
-        if len(rows) > MAX_SINGLE_ROWS:
-            return self.items.take(int_array(rows)).to_pylist()
         names, readers = self._readers
+        kept = self._rows_read
         listed = rows.tolist()
-        # The most popular items are in most lists: reading an item's columns takes longer than all
-        # else that is done for it.
-        found = {row: self._rows_read.get(row) for row in listed}
-        unread = [row for row, values in found.items() if values is None]
-        if unread:
-            columns = [read(unread) for read in readers]
-            found.update(zip(unread, zip(*columns)))
-            self._keep_read(found)
-        return [dict(zip(names, found[row] or ())) for row in listed]
+        # Reading an item's columns takes longer than all else that is done for it.
+        found = list(map(kept.get, listed))
+        if None not in found:
+            return [dict(zip(names, values)) for values in found if values is not None]
+        unread = [row for row, values in zip(listed, found) if values is None]
+        # Arrow's own way takes longer for a list of ten, and less for a hundred.
+        if len(unread) > MAX_SINGLE_ROWS:
+            return self.items.take(int_array(rows)).to_pylist()
+        read = dict(zip(unread, zip(*[read(unread) for read in readers])))
+        self._keep_read(read)
+        return [dict(zip(names, values or read[row])) for row, values in zip(listed, found)]
+
+    def prepare_rows(self) -> None:
+        """Reads the columns of all rows that may be kept, as the first lists would."""
+        if self._has_nested:
+            return
+        columns: list[Sequence[Any]] = []
+        for name in self.items.column_names:
+            column = self.items[name].slice(0, self._max_rows_read)
+            if name == "item_id" and self.ids is not None:
+                columns.append(self.ids[: len(column)])
+            elif pa.types.is_string(column.type):
+                # Categories repeat: one object for each of them.
+                same: dict[str | None, str | None] = {}
+                columns.append([same.setdefault(text, text) for text in column.to_pylist()])
+            else:
+                columns.append(column.to_pylist())
+        self._rows_read.update(enumerate(zip(*columns)))
 
     def read_ids(self, rows: Sequence[int]) -> list[str]:
         """Returns the id of the item in some rows."""
@@ -138,14 +158,21 @@ class BaseSegment:
         names, readers = self._readers
         return readers[names.index("item_id")](rows)
 
-    def _keep_read(self, found: Mapping[int, tuple[Any, ...] | None]) -> None:
-        """Keeps the values of rows, at most `MAX_ROWS_READ` of them."""
+    def _keep_read(self, read: Mapping[int, tuple[Any, ...]]) -> None:
+        """Keeps the values of rows, of a bounded number of them."""
         if self._has_nested:
             return
         # Other threads may read on from what they found: nothing there is changed.
-        if len(self._rows_read) > MAX_ROWS_READ:
+        if len(self._rows_read) + len(read) > self._max_rows_read:
             self._rows_read.clear()
-        self._rows_read.update(found)
+        self._rows_read.update(read)
+
+    @functools.cached_property
+    def _max_rows_read(self) -> int:
+        """Number of rows whose values are kept."""
+        row_bytes = self.items.nbytes / max(len(self), 1)
+        by_bytes = int(MAX_BYTES_READ / max(row_bytes, 1.0))
+        return min(by_bytes, MAX_VALUES_READ // max(self.items.num_columns, 1))
 
     @functools.cached_property
     def _has_nested(self) -> bool:
@@ -153,7 +180,7 @@ class BaseSegment:
         return any(map(pa.types.is_nested, self.items.schema.types))
 
     @functools.cached_property
-    def _rows_read(self) -> dict[int, tuple[Any, ...] | None]:
+    def _rows_read(self) -> dict[int, tuple[Any, ...]]:
         """Values of the display columns of rows that were listed before, by row."""
         return {}
 
@@ -162,6 +189,12 @@ class BaseSegment:
         """The display columns, and the function from rows to the values of each."""
         names = self.items.column_names
         return names, [values_reader(self.items[name]) for name in names]
+
+    @functools.cached_property
+    def is_remote(self) -> bool:
+        """Whether other processes hold the items and search them."""
+        # Asked of each request, and an abstract class takes its time to say it.
+        return isinstance(self.index, RemoteSearch)
 
     @functools.cached_property
     def popularity_coordinate(self) -> tuple[np.ndarray, float]:

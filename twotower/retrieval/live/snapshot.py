@@ -91,10 +91,12 @@ class Snapshot:
             of items; score -inf and position -1 where fewer than L items remain.
         """
         k = list_length(k, len(self.base) + self.num_slots)
-        where = self._resolve_latest(where)
-        index = self.base.index
+        if where:
+            where = self._resolve_latest(where)
+        base = self.base
+        index = base.index
         # Shards in other processes know their items' columns, and drop what may not come back.
-        if isinstance(index, RemoteSearch):
+        if base.is_remote and isinstance(index, RemoteSearch):
             return index.search_items(
                 queries,
                 k,
@@ -106,7 +108,6 @@ class Snapshot:
             )
         if exclude is None:
             exclude = Ragged.empty(len(queries))
-        base = self.base
         vectors = base.vectors
         if cosine:
             # The same index where vectors have length 1.
