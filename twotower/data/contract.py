@@ -275,7 +275,8 @@ class Contract:
             "item_id": self.item_id.value,
             "time": _form_dict(self.time),
             "columns": columns,
-            "written": {name: dict(forms) for name, forms in self.written.items()},
+            # In an order of their own: those of rows that come in another order are the same.
+            "written": {name: dict(sorted(forms.items())) for name, forms in self.written.items()},
         }
 
     @classmethod

@@ -312,7 +312,7 @@ def _rows_by_user(
     """Sorts the joined rows of a split; see `build_histories` and `_RowsByUser`."""
     log = pa.concat_tables(raw.tables, promote_options="default")
     time = _join_times(users, times)
-    _check_columns(feature, log, has_times=time is not None)
+    check_columns(feature, log, has_times=time is not None)
     event_names = log["event"] if "event" in log.column_names else None
     columns = encode_events(feature, fitted, log["item_id"], event_names, time)
     user = np.concatenate(users).astype(np.int32, copy=False)
@@ -441,7 +441,17 @@ def _spans(
     return np.stack(columns, axis=1).astype(np.int32)
 
 
-def _check_columns(feature: HistoryFeature, log: pa.Table, *, has_times: bool) -> None:
+def check_columns(feature: HistoryFeature, log: pa.Table, *, has_times: bool) -> None:
+    """Refuses a log that lacks what a history reads of its events.
+
+    Args:
+        feature: The history feature.
+        log: Rows of the log, of which the columns are looked at.
+        has_times: Whether its rows have times.
+
+    Raises:
+        ConfigError: There are no kinds of events, or no times.
+    """
     if feature.weights and "event" not in log.column_names:
         raise ConfigError(
             f"{feature.location}.weights={dict(feature.weights)} needs a column 'event' of the "

@@ -119,6 +119,30 @@ CASES = {
         "evaluation": {"query": "interaction"},
         "split": {"validation_by": "user"},
     },
+    "groups of items, conditions on ids": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "retrieval": {"display": ("title",)},
+        "data": {
+            "item_group": "kind",
+            "item_table": {"path": "items.csv"},
+            "where": (
+                ("hour", "<", 22),
+                ("user_id", "not in", ("7", "nobody")),
+                ("item_id", "!=", "k3"),
+                ("event", "!=", "cart"),
+            ),
+        },
+    },
+    "rows at random, without times": {
+        "features": {"user": ID, "item": ITEM},
+        "data": {"duplicates": "last", "interactions": {"columns": {"timestamp": ""}}},
+        "split": {"kind": "random", "validation": 0.1, "test": 0.2},
+    },
+    "the last rows of users by the order of the file": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "data": {"duplicates": "first", "interactions": {"columns": {"timestamp": ""}}},
+        "split": {"kind": "leave_last_out", "ties": "together", "validation_by": "user"},
+    },
     "nothing held out, weights": {
         "features": {"user": {"history": HISTORY}, "item": ITEM},
         "data": {"interactions": {"columns": {"weight": "hour"}}},
@@ -156,8 +180,9 @@ def place(tmp_path_factory):
     # Few rows of which another has user and item: the audit drops those that are held out.
     rows += [f"1600003600,{n},{n},view,1" for n in range(2)]
     (place / "c.repeat.csv").write_text("\n".join([header, *rows, "too,few"]) + "\n")
-    items = [f"i\u00e9-{item},t{item}" for item in range(3, 60)]
-    (place / "items.csv").write_text("\n".join(["item_id,title", *items]) + "\n")
+    # Some without a kind, which are groups of their own.
+    items = [f"i\u00e9-{item},t{item},{f'k{item % 7}' * (item % 5 > 0)}" for item in range(3, 60)]
+    (place / "items.csv").write_text("\n".join(["item_id,title,kind", *items]) + "\n")
     users = [f"{user},c{user % 3}" for user in range(45)]
     (place / "users.csv").write_text("\n".join(["user_id,city", *users]) + "\n")
     return place
@@ -180,6 +205,8 @@ def config_of(place, case):
     data = {"source": "csv", "path": "*.log.csv"} | values["data"]
     data["path"] = str(place / data["path"])
     columns = {"timestamp": "time"} | data.get("interactions", {}).get("columns", {})
+    # A column that is named "" is one that the log has not.
+    columns = {name: column for name, column in columns.items() if column}
     data["interactions"] = {"columns": columns}
     for name in ("user_table", "item_table"):
         if name in data:
@@ -366,9 +393,8 @@ def test_labels_that_teach_nothing_are_refused(tmp_path, engine, label, words):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"data": {"item_group": "title"}}, "config.data.item_group='title'"),
+        ({"data": {"item_table": {"path": "*.log.csv"}}}, "the file of the log"),
         ({"split": {"kind": "fixed"}}, "config.split.kind='fixed'"),
-        ({"data": {"where": (("user_id", "!=", "7"),)}}, "config.data.where="),
         ({"data": {"source": "shop"}}, "config.data.source='shop'"),
     ],
 )
@@ -376,6 +402,15 @@ def test_what_an_engine_does_not_do_is_refused_by_name(place, tmp_path, change, 
     config = config_of(place, CASES["ids alone"] | change)
     with pytest.raises(ConfigError, match=f"{re.escape(words)}.* --engine=memory"):
         prepare_folder(config, tmp_path / "undone", engine="duckdb")
+
+
+@pytest.mark.parametrize("option", ["kind", "validation_by"])
+def test_a_log_without_times_is_not_divided_by_time(place, tmp_path, option):
+    split = {"kind": "random", option: "time"}
+    columns = {"data": {"interactions": {"columns": {"timestamp": ""}}}, "split": split}
+    config = config_of(place, CASES["ids alone"] | columns)
+    with pytest.raises(ConfigError, match=f"config.split.{option}='time' needs a column 'timest"):
+        prepare_folder(config, tmp_path / "without", engine="duckdb", max_bad_rows=1)
 
 
 def test_memory_is_read_as_people_write_it(place, tmp_path):

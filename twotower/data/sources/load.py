@@ -418,18 +418,41 @@ def _group_items(dataset: Dataset, column: str) -> Dataset:
     items = dataset.items
     if column == "item_id":
         return dataset
-    if column not in items.column_names:
-        hint = similar_name_hint(column, items.column_names)
-        raise ConfigError(f"config.data.item_group={column!r} is not a column of the items{hint}.")
-    # An item without a group stays itself.
-    group = pc.coalesce(items[column].cast(pa.string()), items["item_id"])
+    group = groups_of_items(items, column)
     # Never null: `items` holds every item of the log.
     row_of_item = pa.array(positions(dataset.interactions["item_id"], items["item_id"]))
     grouped = encode(group.take(row_of_item))
     interactions = _set_column(dataset.interactions, "item_id", grouped)
-    items = collapse(_set_column(items, "item_id", group), "item_id")
+    items = merge_groups(items, group)
     # Without the truth, whose rows are single items.
     return dataclasses.replace(dataset, interactions=interactions, items=items, truth=None)
+
+
+def groups_of_items(items: pa.Table, column: str) -> pa.ChunkedArray:
+    """Returns the id of the group of each item, text.
+
+    Args:
+        items: Table of the items.
+        column: Its column that names the groups.
+
+    Raises:
+        ConfigError: There is no such column.
+    """
+    if column not in items.column_names:
+        hint = similar_name_hint(column, items.column_names)
+        raise ConfigError(f"config.data.item_group={column!r} is not a column of the items{hint}.")
+    # An item without a group stays itself.
+    return pc.coalesce(items[column].cast(pa.string()), items["item_id"])
+
+
+def merge_groups(items: pa.Table, groups: pa.ChunkedArray) -> pa.Table:
+    """Returns the table of groups, in order of first appearance.
+
+    Args:
+        items: Table of the items.
+        groups: Id of the group of each.
+    """
+    return collapse(_set_column(items, "item_id", groups), "item_id")
 
 
 def _set_column(table: pa.Table, name: str, values: pa.ChunkedArray) -> pa.Table:

@@ -112,7 +112,7 @@ def _divide(database: Database, log: Log, config: SplitConfig) -> None:
         return
     part = str(TRAIN)
     if config.kind == "time":
-        part = _part_by_time(database, log.columns["timestamp"], config)
+        part = _part_by_time(database, log.time, config)
     # The part is computed whenever it is read: no row is written again for it.
     database.run(
         "ALTER TABLE log RENAME TO undivided; "
@@ -129,7 +129,7 @@ def _check_times(database: Database, log: Log, config: SplitConfig) -> None:
     # Before parts without rows are told: rows of one second are the cause of both.
     if is_enough(sizes[TRAIN] / total, config):
         return
-    column = log.columns["timestamp"]
+    column = log.time
     (times, counts) = database.columns(
         f"SELECT {column} AS t, count(*) AS n FROM log GROUP BY t ORDER BY n DESC, t LIMIT 1"
     )
@@ -143,7 +143,7 @@ def _take_validation(database: Database, log: Log, config: SplitConfig) -> None:
     total = part_sizes(database)[TRAIN]
     share = config.validation
     if config.validation_by == "time":
-        column = log.columns["timestamp"]
+        column = log.time
         # At least one: a share above 0 asks for some.
         (begin,) = _begins_of_last(database, column, [max(1, round(total * share))], training)
         chosen = f"{column} >= {begin}"
@@ -202,7 +202,7 @@ def _rows_from_the_end(
         config: Meaning of ties.
         condition: Rows that are counted, as SQL.
     """
-    rows = f"(SELECT u, {log.columns['timestamp']} AS t, position FROM log WHERE {condition})"
+    rows = f"(SELECT u, {log.time} AS t, position FROM log WHERE {condition})"
     is_together = config.ties == "together"
     counted = f"(SELECT DISTINCT u, t FROM {rows})" if is_together else rows
     users, counts = database.columns(f"SELECT u, count(*) FROM {counted} GROUP BY u")
@@ -211,7 +211,8 @@ def _rows_from_the_end(
     ends = np.cumsum(count_of_user)
     total = database.value(f"SELECT count(*) FROM {rows}")
     order = f"SELECT u, t, position FROM {rows} ORDER BY u, t, position"
-    if config.ties == "drawn":
+    # Without times there are no ties.
+    if config.ties == "drawn" and log.has_times:
         _draw(database, config, rows, total)
         order = f"SELECT u, t, position FROM {rows} JOIN draws USING (position) ORDER BY u, t, draw"
     last = (-1, 0)
@@ -294,10 +295,9 @@ def _audited(database: Database, log: Log, config: SplitConfig, sizes: Sequence[
 
 def _rows(database: Database, log: Log, condition: str) -> pa.Table:
     """Returns ids, time, part and position of some rows, in the order of the source."""
-    time = log.columns["timestamp"]
+    time = f"{log.time} AS timestamp, " if log.has_times else ""
     rows = database.table(
-        f"SELECT u, i, {time} AS timestamp, part, position FROM log WHERE {condition} "
-        "ORDER BY position"
+        f"SELECT u, i, {time}part, position FROM log WHERE {condition} ORDER BY position"
     )
     for column, key in zip(("u", "i"), KEYS, strict=True):
         codes = join_chunks(rows[column].cast(pa.int32()))
@@ -324,7 +324,7 @@ def _future_rows(
     if config.kind != "leave_last_out" or not last or not _has_order(database, log, config):
         return None
     earliest = int(last[0]["timestamp"].to_numpy().min())
-    later = f"part = {TRAIN} AND {log.columns['timestamp']} > {earliest}"
+    later = f"part = {TRAIN} AND {log.time} > {earliest}"
     count = database.value(f"SELECT count(*) FROM log WHERE {later}")
     if not count:
         return None
@@ -335,9 +335,11 @@ def _future_rows(
 
 def _has_order(database: Database, log: Log, config: SplitConfig) -> bool:
     """Returns whether the log could be divided by time in the same shares."""
+    if not log.has_times:
+        return False
     if config.validation + config.test >= 1:
         return True
-    part = _part_by_time(database, log.columns["timestamp"], config)
+    part = _part_by_time(database, log.time, config)
     # Not a whole number: DuckDB divides those as floats.
     share = database.value(f"SELECT count(*) FILTER ({part} = {TRAIN}) / count(*) FROM log")
     return is_enough(share, config)

@@ -62,6 +62,17 @@ class Log:
     ids: dict[str, pa.Array]
 
     @property
+    def time(self) -> str:
+        """Column of the times in the database; where rows have none, their order is that of the
+        source, and each row is a moment of its own."""
+        return self.columns.get("timestamp", "position")
+
+    @property
+    def has_times(self) -> bool:
+        """Whether rows have times."""
+        return "timestamp" in self.columns
+
+    @property
     def schema(self) -> pa.Schema:
         """Schema of the rows, with ids as codes."""
         return self.dataset.interactions.schema
@@ -270,7 +281,7 @@ class _Reader:
         self._files: list[tuple[int, str]] = []
         self._rows = 0
         self.contract = Contract()
-        self.columns = Columns("duckdb")
+        self.columns = Columns("duckdb", reading.divided_by)
         self.skipped: Dropped | None = None
         # Distinct ids of each block by key.
         self._sizes: dict[str, list[int]] = {}

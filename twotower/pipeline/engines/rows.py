@@ -11,13 +11,16 @@ import numpy as np
 import pyarrow as pa
 
 from twotower.config import Config, DataConfig
-from twotower.core.arrow import pc
+from twotower.core.arrow import join_chunks, pc
+from twotower.core.codes import codes_and_values, positions
 from twotower.core.fields import check_fields
 from twotower.core.times import DAY, EARLIEST, format_time
 from twotower.data.dataset import Dropped
 from twotower.data.filters import describe_absent_values, no_rows_left
 from twotower.data.interactions import missing_times
+from twotower.data.operators import matches
 from twotower.data.report import HeldOut
+from twotower.data.sources.load import groups_of_items, merge_groups
 from twotower.data.split import TRAIN
 from twotower.data.tables import time_cure, time_out_of_range
 from twotower.pipeline.describe import SAMPLE
@@ -26,6 +29,8 @@ from twotower.pipeline.engines.log import Log
 from twotower.pipeline.engines.pairs import Pairs
 from twotower.pipeline.labels import check_label_counts, check_label_values, read_labels
 
+# Column of the code of each id.
+_CODES = {"user_id": "u", "item_id": "i"}
 # More than any position: time and position of a row in one number.
 _POSITIONS = 2**44
 
@@ -41,25 +46,32 @@ def filter_log(database: Database, log: Log, config: DataConfig) -> Log:
     Raises:
         ConfigError: No row is left, or the times of those that are cannot be right.
     """
+    if config.item_group:
+        log = _group_items(database, log, config.item_group)
     warnings = []
     for condition in config.where:
-        column = log.columns[condition[0]]
+        name = condition[0]
+        column = log.columns.get(name, _CODES.get(name))
         values = database.table(
             f"SELECT {column} AS value, min(position) AS first FROM log GROUP BY value "
             "ORDER BY first"
-        )
+        )["value"]
+        if name in _CODES:
+            values = pa.chunked_array([log.ids[name].take(join_chunks(values))])
         # Distinct values in the order of their appearance say all that the rows would.
-        known = pa.table({condition[0]: values["value"]})
-        warnings += describe_absent_values(known, [condition])
+        warnings += describe_absent_values(pa.table({name: values}), [condition])
     dropped = []
     # One by one, since each says how many rows it took.
     for number, condition in enumerate(config.where):
-        sql = f"DELETE FROM log WHERE failed = {number}"
+        fails = f"failed = {number}"
+        if condition[0] in _CODES:
+            fails = _fail_by_id(database, log, condition, number)
+        sql = f"DELETE FROM log WHERE {fails}"
         dropped.append(_drop(database, f"where {condition!r}", sql))
     if config.duplicates != "all":
         first = "min" if config.duplicates == "first" else "max"
         # Earliest and latest by time, and by the file among equals: one number to compare.
-        moment = f"({log.columns['timestamp']}::HUGEINT * {_POSITIONS} + position)"
+        moment = f"({log.time}::HUGEINT * {_POSITIONS} + position)"
         sql = (
             f"DELETE FROM log WHERE {moment} NOT IN "
             f"(SELECT {first}({moment}) FROM log GROUP BY u, i)"
@@ -70,6 +82,51 @@ def filter_log(database: Database, log: Log, config: DataConfig) -> Log:
     if config.k_core:
         dropped.append(_drop_to_core(database, config.k_core))
     return check_filtered(database, log, config, dropped, warnings)
+
+
+def _group_items(database: Database, log: Log, column: str) -> Log:
+    """Returns the log with a column of the items as the item id.
+
+    Raises:
+        ConfigError: The items have no such column.
+    """
+    if column == "item_id":
+        return log
+    items = log.dataset.items
+    groups = groups_of_items(items, column)
+    codes, _ = database.columns(
+        "SELECT i, min(position) AS first FROM log GROUP BY i ORDER BY first"
+    )
+    rows = positions(pa.chunked_array([log.ids["item_id"]]), items["item_id"])
+    # In the order of their first rows, by which a log in memory gives groups their codes.
+    codes_of_groups, ids = codes_and_values(groups.take(pa.array(rows[codes])))
+    database.create("groups", pa.table({"i": codes, "code": codes_of_groups}))
+    database.run(
+        "CREATE TABLE grouped AS SELECT log.* REPLACE (groups.code AS i) FROM log "
+        "JOIN groups ON log.i = groups.i; "
+        "DROP TABLE log; ALTER TABLE grouped RENAME TO log; DROP TABLE groups"
+    )
+    dataset = dataclasses.replace(log.dataset, items=merge_groups(items, groups))
+    return dataclasses.replace(log, dataset=dataset, ids={**log.ids, "item_id": ids})
+
+
+def _fail_by_id(database: Database, log: Log, condition: tuple, number: int) -> str:
+    """Returns the rows that fail a condition on ids, as SQL.
+
+    Args:
+        database: Rows of the log, which gets a table of the codes of these ids.
+        log: The log.
+        condition: Condition on "user_id" or "item_id".
+        number: Its number among all conditions.
+    """
+    key = condition[0]
+    ids = pa.table({key: log.ids[key]})
+    is_kept = np.asarray(
+        matches(ids, condition, field=f"config.data.where[{number}]={condition!r}")
+    )
+    codes = np.flatnonzero(~is_kept).astype(np.int32)
+    database.create(f"failed_{number}", pa.table({"code": codes}))
+    return f"{_CODES[key]} IN (FROM failed_{number})"
 
 
 def check_filtered(
@@ -141,8 +198,10 @@ def _with_rows(database: Database, column: str, table: pa.Table, ids: pa.Array) 
 
 
 def _check_times(database: Database, log: Log) -> None:
-    """Refuses a log some of whose rows have no time."""
-    column = log.columns["timestamp"]
+    """Refuses a log some of whose rows have a time, and others none."""
+    if not log.has_times:
+        return
+    column = log.time
     missing = database.value(f"SELECT count(*) FROM log WHERE {column} IS NULL")
     if not missing:
         return
@@ -160,7 +219,9 @@ def _example(database: Database, log: Log, condition: str) -> tuple[str, str]:
 
 def _check_time_range(database: Database, log: Log, accept: Sequence[str]) -> None:
     """Refuses times before 1990 or after tomorrow, as a log in memory does."""
-    column = log.columns["timestamp"]
+    if not log.has_times:
+        return
+    column = log.time
     now = time.time()
     bounds = {
         "old_times": f"{column} < {int(EARLIEST.timestamp())}",
@@ -313,7 +374,9 @@ class SqlNumbers:
 
     def time_range(self) -> tuple[int | None, int | None]:
         """See `LogNumbers`."""
-        column = self._log.columns["timestamp"]
+        if not self._log.has_times:
+            return None, None
+        column = self._log.time
         first, last = self._database.columns(f"SELECT min({column}), max({column}) FROM log")
         return int(first[0]), int(last[0])
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from twotower.config import Config
 from twotower.core.errors import ConfigError
+from twotower.data.contract import KEYS
 from twotower.data.sources.load import describes_items
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.engines.divide import KINDS
 from twotower.pipeline.engines.reading.log_reading import PARQUET
-from twotower.pipeline.engines.warehouse import script
-from twotower.pipeline.labels import label_columns
 
 # Names of the source whose files are text.
 _TEXT = ("csv", "tsv", "text", "file")
@@ -31,10 +30,9 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
     data = config.data
     in_warehouse = engine == "bigquery"
     sources = _WAREHOUSE if in_warehouse else (*_TEXT, *PARQUET)
-    kinds = script.KINDS if in_warehouse else KINDS
     undone = {
         f"data.source={data.source!r}": data.source not in sources,
-        f"data.item_group={data.item_group!r}": bool(data.item_group),
+        f"data.item_group={data.item_group!r}": bool(data.item_group) and in_warehouse,
         f"data.item_table.path={data.item_table.path!r}, the file of the log": describes_items(
             data
         ),
@@ -45,19 +43,11 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
         "data.test.query": bool(data.test.query),
         # Padded rows are read once more, when the others are known.
         "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
-        f"split.kind={config.split.kind!r}": config.split.kind not in kinds,
+        f"split.kind={config.split.kind!r}": config.split.kind not in KINDS,
     }
-    # The other engines divide their rows by one database, which does all of these.
-    if in_warehouse:
-        ties = config.split.ties
-        validation_by = config.split.validation_by
-        by_moments = config.split.kind == "leave_last_out" and ties != "file"
-        undone[f"split.ties={ties!r}"] = by_moments
-        undone[f"split.validation_by={validation_by!r}"] = validation_by != "kind"
-        for column, field in label_columns(config.objective).items():
-            undone[f"{field.removeprefix('config.')}={column!r}"] = True
     for condition in data.where:
-        if condition and condition[0] in ("user_id", "item_id"):
+        # The script compares before ids have their form.
+        if condition and condition[0] in KEYS and in_warehouse:
             undone[f"data.where={condition!r}"] = True
     for use in spec.uses().get("user", {}).values():
         # The form of such times is found on the whole column.

@@ -44,6 +44,7 @@ from twotower.pipeline.engines.kept.stages import SCRATCH, Stages
 from twotower.pipeline.engines.log import Log
 from twotower.pipeline.engines.rows import SqlNumbers, check_log_labels
 from twotower.pipeline.event_weights import check_any_weight, check_event_weights, check_kinds
+from twotower.pipeline.histories import check_columns
 from twotower.pipeline.labels import label_columns
 from twotower.pipeline.prepare import check_labels_are_hidden, columns_of_users, encode_rows
 
@@ -382,20 +383,25 @@ def _array_shapes(
     event_weights = config.data.weight_by_event()
     labels = label_columns(config.objective)
     rows = encode_rows(empty, nobody, nobody, encoder, labels, event_weights)
-    # Of no row it cannot be told whether rows have times; these have.
+    # Of no row it cannot be told whether rows have times.
+    has_times = "timestamp" in empty.column_names
     rows = dataclasses.replace(rows, timestamp=np.zeros(0, np.int64))
+    leaves = _leaves_of(rows)
+    if not has_times:
+        leaves.pop("timestamp")
     tree: dict[str, Any] = {"features": features}
     for name, size in zip(PARTS, parts.sizes, strict=True):
-        tree[name] = _sized(_leaves_of(rows), size)
+        tree[name] = _sized(leaves, size)
         # As a part in memory has no times where it has no rows.
         if not size:
-            tree[name].pop("timestamp")
+            tree[name].pop("timestamp", None)
     position = np.zeros(0, index_type(parts.total))
     tree["file_positions"] = {
         name: _Shape(position.dtype, (size,)) for name, size in zip(PARTS, parts.sizes)
     }
     feature = encoder.spec.history
     if feature is not None:
+        check_columns(feature, empty, has_times=has_times)
         events: dict[str, np.dtype] = {f"{feature.name}/{feature.reads[0]}": np.dtype(np.int32)}
         if feature.is_weighted:
             events[HISTORY_WEIGHT] = np.dtype(np.float32)
@@ -531,7 +537,9 @@ class _EventTable:
         """
         weights = _log_weights(self._encoder, rows, encoded.timestamp)
         items = self._rows_of_items[item_codes]
-        columns = [encoded.user, encoded.timestamp, place, joined, items]
+        # Without times the order is that of the source, and each row a moment of its own.
+        time = place.astype(np.int64) if encoded.timestamp is None else encoded.timestamp
+        columns = [encoded.user, time, place, joined, items]
         names = ["u", "t", "place", "joined", "item", "w"]
         self._database.insert("events", pa.table([*map(pa.array, columns), weights], names))
 

@@ -175,7 +175,7 @@ class _ReadLog:
         self._reading = reading
         self.kind: Kind = reading.kind
         self.contract = Contract()
-        self.columns = Columns("beam")
+        self.columns = Columns("beam", reading.divided_by)
         self.skipped: Dropped | None = None
         self.num_rows = 0
         self.blocks: list[Block] = []

@@ -172,7 +172,7 @@ class PieceReader:
         is_typed = self.reading.kind != "csv"
         origin = Origin(piece.path, functools.partial(place_in, part), is_typed=is_typed)
         rows, _, failed = self.reading.read(part.table, origin, Contract())
-        columns = Columns("beam")
+        columns = Columns("beam", self.reading.divided_by)
         columns.begin(rows.schema, piece.path)
         raw = RawTable(rows, self.reading.table, "interactions", origin)
         ids = []

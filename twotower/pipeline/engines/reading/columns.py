@@ -15,14 +15,17 @@ class Columns:
 
     Args:
         engine: Name of the engine, for messages.
+        divided_by: Option that divides the log by its times, which it must have then; empty for
+            none.
 
     Attributes:
         schema: Schema of the rows under our names, with ids as the files have them.
         names: Column that is no id -> its column in the database.
     """
 
-    def __init__(self, engine: str):
+    def __init__(self, engine: str, divided_by: str = ""):
         self._engine = engine
+        self._divided_by = divided_by
         self.schema: pa.Schema = pa.schema([])
         self.names: dict[str, str] = {}
 
@@ -34,7 +37,8 @@ class Columns:
             path: Path of their file, for messages.
 
         Raises:
-            ConfigError: Rows have no times, or values that a database would change.
+            ConfigError: Rows lack the times that divide them, or have values that a database would
+                change.
         """
         for field in schema:
             # UUIDs are known as ids, which become text.
@@ -49,10 +53,13 @@ class Columns:
         others = [name for name in schema.names if name not in KEYS]
         # Names of their own: those of the files may differ by their case alone.
         self.names = {name: f"c{number}" for number, name in enumerate(others)}
-        if "timestamp" not in self.names:
+        # Told at the first rows: a log that needs such an engine is read for long.
+        if "timestamp" not in self.names and self._divided_by:
             raise ConfigError(
-                "config.data.interactions: the log has no column 'timestamp', without which "
-                f"--engine={self._engine} does not order it: use --engine=memory."
+                f"{self._divided_by} needs a column 'timestamp', and {path} has none: name it by "
+                "config.data.interactions.columns={'timestamp': ...}, or set "
+                "config.split.kind='leave_last_out' (the last rows of each user, by the order of "
+                "the file) or 'random', with validation_by='kind'."
             )
 
     def widen(self, schema: pa.Schema, path: str, *, is_text: bool) -> list[str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import Config, TableConfig
+from twotower.config import Config, SplitConfig, TableConfig
 from twotower.core.arrow import BadValue, plain_text
 from twotower.core.errors import ConfigError
 from twotower.data.contract import KEYS, Contract, Uses
@@ -38,12 +38,14 @@ class LogReading:
         kind: Kind of files whose name does not tell.
         uses: Uses of its columns.
         where: Conditions of `config.data.where`, each with the name of its field.
+        divided_by: Option that divides the log by its times; empty for none.
     """
 
     table: TableConfig
     kind: Kind
     uses: Uses
     where: Sequence[tuple[tuple, str]]
+    divided_by: str = ""
 
     @classmethod
     def of(cls, config: Config, spec: FeatureSpec) -> LogReading:
@@ -65,6 +67,7 @@ class LogReading:
             kind="parquet" if data.source in PARQUET else "csv",
             uses=spec.uses() | {"log": label_uses(config.objective)},
             where=where,
+            divided_by=_divided_by(config.split),
         )
 
     def read(
@@ -88,6 +91,14 @@ class LogReading:
         typed, contract = _typed(raw, self.uses, contract)
         # While the columns have Arrow's types: conditions mean the same in every engine.
         return typed, contract, _first_failed(typed, self.where)
+
+
+def _divided_by(split: SplitConfig) -> str:
+    """Returns the option that divides a log by its times; empty where none does."""
+    for name in ("kind", "validation_by"):
+        if getattr(split, name) == "time":
+            return f"config.split.{name}='time'"
+    return ""
 
 
 def without_rows(path: str) -> ConfigError:
@@ -135,5 +146,8 @@ def _first_failed(rows: pa.Table, conditions: Sequence[tuple[tuple, str]]) -> np
     failed = np.full(len(rows), len(conditions), np.int16)
     # Backwards, so that the first one is written last.
     for number, (condition, field) in reversed(list(enumerate(conditions))):
+        # These are compared when the form of all ids is known.
+        if condition and condition[0] in KEYS:
+            continue
         failed[~np.asarray(matches(rows, condition, field=field))] = number
     return failed

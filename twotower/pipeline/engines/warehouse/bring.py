@@ -18,7 +18,7 @@ from twotower.config import Config, TableConfig
 from twotower.core.arrow import BadValue, join_chunks, pc, plain_text
 from twotower.core.errors import ConfigError
 from twotower.core.ids import IdForm, written_forms
-from twotower.data.contract import KEYS, Contract
+from twotower.data.contract import KEYS, Contract, Uses
 from twotower.data.dataset import Dropped
 from twotower.data.filters import describe_absent_values
 from twotower.data.interactions import missing_times
@@ -28,16 +28,22 @@ from twotower.data.tables import Origin, RawTable, log_column, read_tables, read
 from twotower.features.spec import FeatureSpec, load_spec
 from twotower.pipeline.describe import list_separators
 from twotower.pipeline.engines.database import Database
-from twotower.pipeline.engines.divide import check_split
+from twotower.pipeline.engines.divide import check_split, split_log
 from twotower.pipeline.engines.kept.stages import SCRATCH
 from twotower.pipeline.engines.log import Log, coded_schema, make_dataset, none_with_ids
 from twotower.pipeline.engines.rows import check_filtered
 from twotower.pipeline.engines.supported import check_supported
 from twotower.pipeline.engines.warehouse.columns import Column, find_columns
 from twotower.pipeline.engines.warehouse.jobs import Warehouse
-from twotower.pipeline.engines.warehouse.script import Tables, write_export, write_script
+from twotower.pipeline.engines.warehouse.script import (
+    Tables,
+    divides,
+    write_export,
+    write_script,
+)
 from twotower.pipeline.engines.writer import write_folder
 from twotower.pipeline.event_weights import with_event_weights
+from twotower.pipeline.labels import label_uses
 
 
 def prepare_in_warehouse(
@@ -80,6 +86,7 @@ class Plan:
         tables: Tables that the script leaves.
         export: Address that the script writes Parquet to; empty for none.
         spec: Features of the run.
+        uses: Columns that features and labels read as numbers, times or labels.
         bytes: Bytes of the source that the script reads.
     """
 
@@ -91,6 +98,7 @@ class Plan:
     tables: Tables
     export: str
     spec: FeatureSpec
+    uses: Uses
     bytes: int
 
 
@@ -115,14 +123,15 @@ def plan_script(config: Config, tables: str, export: str = "") -> Plan:
     log = dataclasses.replace(data.interactions, path=data.path or data.interactions.path)
     source = warehouse.find_source(log)
     origin = Origin(source.name, lambda row: f"{source.name}, row {row + 1}", is_typed=True)
-    ids, columns = find_columns(source.schema, log, spec.uses(), origin)
+    uses = spec.uses() | {"log": label_uses(config.objective)}
+    ids, columns = find_columns(source.schema, log, uses, origin)
     script = write_script(
         data, config.split, source.sql, ids, columns, names, list_separators(spec)
     )
     if export:
         script += write_export(names, export.rstrip("/"))
     return Plan(
-        script, warehouse, origin, source.schema, columns, names, export, spec, source.bytes
+        script, warehouse, origin, source.schema, columns, names, export, spec, uses, source.bytes
     )
 
 
@@ -143,7 +152,7 @@ class _Reader:
         (counts,) = self._table("counts").to_pylist()
         self._check(counts)
         contract, codes = self._ids(counts)
-        uses = self._plan.spec.uses()
+        uses = self._plan.uses
         sides = self._side_tables()
         _, tables, contract = read_tables([], sides, uses, contract)
         # Of a warehouse they have no order either.
@@ -162,6 +171,8 @@ class _Reader:
         log = Log(dataset, columns, ids)
         dropped, warnings = self._filtered(counts)
         log = check_filtered(database, log, self._data, dropped, warnings)
+        if not divides(self._split):
+            return split_log(database, log, self._split)
         return check_split(database, log, self._split)
 
     def _table(self, kind: str) -> pa.Table:
@@ -246,10 +257,13 @@ class _Reader:
         )
         rows, contract = self._typed(known.empty_table().select(names), contract)
         schema = pa.schema([*((key, pa.string()) for key in KEYS), *rows.schema])
-        database_names = ["position", "u", "i", *columns.values(), "part"]
+        database_names = ["position", "u", "i", *columns.values()]
+        if divides(self._split):
+            database_names.append("part")
         empty = known.empty_table().select(known.names)
         for number, name in enumerate(names, start=3):
             empty = empty.set_column(number, columns[name], rows[name])
+        empty = empty.select(range(len(database_names)))
         database.create("log", empty.rename_columns(database_names))
         path = self._plan.tables.name("rows")
         for batch in self._warehouse.batches(path, "rows", self._plan.export, self._scratch):
@@ -257,7 +271,7 @@ class _Reader:
             self._refuse_objects(block)
             rows, contract = self._typed(block.select(names), contract)
             ends = [block[name] for name in ("position", "user_code", "item_code")]
-            arrays = [*ends, *rows.columns, block["part"]]
+            arrays = [*ends, *rows.columns, block["part"]][: len(database_names)]
             database.insert("log", pa.table(arrays, database_names))
         # Parquet of an earlier script may lie beside that of this one.
         found = database.columns(
@@ -279,8 +293,8 @@ class _Reader:
             # These are seconds already.
             if name != "timestamp":
                 typed[name] = log_column(name, plain_text(rows[name]), contract, raw)
-        table, contract = read_uses(pa.table(typed), "user", self._plan.spec.uses(), contract, raw)
-        return read_uses(table, "log", self._plan.spec.uses(), contract, raw)
+        table, contract = read_uses(pa.table(typed), "user", self._plan.uses, contract, raw)
+        return read_uses(table, "log", self._plan.uses, contract, raw)
 
     def _refuse_objects(self, block: pa.Table) -> None:
         """Refuses texts of JSON objects, whose fields are columns in memory."""

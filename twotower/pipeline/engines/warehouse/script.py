@@ -26,7 +26,7 @@ from twotower.pipeline.engines.warehouse.conditions import (
 )
 
 # Kinds of split that the script has.
-KINDS = ("time", "leave_last_out", "none")
+_KINDS = ("time", "leave_last_out", "none")
 _TEMPLATES = Path(__file__).parent / "templates"
 # Patterns of `twotower.core.ids`: whole numbers, words for a missing one, and what is left out.
 _IDS = {
@@ -72,6 +72,18 @@ class Tables:
         return quote(self.name(kind))
 
 
+def divides(split: SplitConfig) -> bool:
+    """Returns whether the script divides the rows; else this machine does, when they have come.
+
+    Rows, ties and users are drawn by NumPy's generator, which no SQL has.
+    """
+    if split.validation_by != "kind" and split.validation > 0:
+        return False
+    if split.kind == "leave_last_out":
+        return split.ties == "file"
+    return split.kind in _KINDS
+
+
 def write_script(
     data: DataConfig,
     split: SplitConfig,
@@ -85,7 +97,7 @@ def write_script(
 
     Args:
         data: Filters of the rows.
-        split: Kind of the split, one of `KINDS`.
+        split: Kind of the split.
         source: Table or subquery that has the rows.
         ids: "user_id" and "item_id" -> expression.
         columns: The other columns of the log.
@@ -132,7 +144,7 @@ def write_script(
         parts.append(_fill("k_core", k=data.k_core))
     parts.append("\nSET num_rows = (SELECT COUNT(*) FROM kept);\n")
     parts.append(_fill("positions"))
-    if split.kind == "time":
+    if split.kind == "time" and divides(split):
         parts += _moments(split)
     named = [f"{column.variable} AS {quote(column.name)}" for column in columns]
     parts.append(
@@ -186,6 +198,8 @@ def _moments(split: SplitConfig) -> list[str]:
 
 def _part(split: SplitConfig) -> str:
     """Returns the number of the part of a row; see `twotower.data.split`."""
+    if not divides(split):
+        return "CAST(NULL AS INT64)"
     if split.kind == "time":
         # Where a share rounds to no row the moment is null, and no row is later.
         return (

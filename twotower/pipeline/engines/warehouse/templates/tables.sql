@@ -1,5 +1,5 @@
 
--- Part 0 is training, 1 validation and 2 test.
+-- Part 0 is training, 1 validation and 2 test; null where rows are divided when they have come.
 CREATE OR REPLACE TABLE $rows AS
 SELECT
   position,
