@@ -4,9 +4,13 @@
 
     python -m experiments.benchmarks.epoch --rows=50000000 --folder=DIR --phases=train --steps=500
 
+    python -m experiments.benchmarks.epoch --rows=50000000 --log=films --light --memory=3GB
+
 The log is that of `preparing.py` ("shop") or MovieLens expanded fractally ("films", `fractal.py`).
 The engine duckdb prepares it into a folder with its records; then an epoch of a small model with
-histories of 20 events is streamed, or --steps of it, in batches of 2,048, with five validations.
+histories of 20 events is streamed, or --steps of it, in batches of 2,048, with five validations;
+with --light it is of ids alone, in batches of 16,384 and with 16 negatives that all rows share, so
+that a whole epoch of fifty million rows takes minutes.
 Each phase is a process of its own. Its memory is read five times a second by kind: anonymous, which
 the system cannot have back, and pages of files, which it can. The greatest of each tenth of a
 phase's time are printed as well, so that what grows with the rows that were read is seen.
@@ -32,11 +36,13 @@ from experiments.benchmarks.harness import QUICK, write_json
 
 # --rows, --memory and --steps are those of `preparing`.
 _LOG = flags.DEFINE_enum("log", "shop", ["shop", "films"], "Log that is streamed.")
+_LIGHT = flags.DEFINE_bool("light", False, "A model of ids alone, with few negatives.")
 _FOLDER = flags.DEFINE_string("folder", "", "Folder to keep, in the place of a temporary one.")
 _PHASES = flags.DEFINE_list("phases", ["write", "prepare", "train"], "What is done.")
 _PHASE = flags.DEFINE_string("phase", "", "What this process does; for internal use.")
 
 BATCH = 2048
+LIGHT_BATCH = 16_384
 WIDTH = 16
 HISTORY = 20
 VALIDATIONS = 5
@@ -76,6 +82,7 @@ def measure(phase: str, rows: int, folder: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "experiments.benchmarks.epoch", f"--phase={phase}"]
     command += [f"--rows={rows}", f"--folder={folder}", f"--log={_LOG.value}"]
     command += [f"--memory={preparing.MEMORY.value}", f"--steps={preparing.STEPS.value}"]
+    command += [f"--light={_LIGHT.value}"]
     start = time.perf_counter()
     child = subprocess.Popen(command)
     samples: list[Memory] = []
@@ -143,6 +150,12 @@ def _config(folder: Path) -> Any:
     config.model.item.layers = (WIDTH,)
     config.training.batch_size = BATCH
     config.training.input = "stream"
+    if _LIGHT.value:
+        config.features.user = {"user_id": config.features.user["user_id"]}
+        config.training.batch_size = LIGHT_BATCH
+        # In the place of the batch's other rows, whose scores would be 2.7e8 a step.
+        config.objective.negatives.in_batch = False
+        config.objective.negatives.uniform = 16
     return config
 
 
@@ -174,7 +187,7 @@ def _train(folder: Path) -> None:
     config = _config(folder)
     data = folder / "data"
     rows = data_folder.load(data, from_dict(config), data_folder.load_encoder(data)).num_examples
-    config.training.steps = preparing.STEPS.value or rows // BATCH
+    config.training.steps = preparing.STEPS.value or rows // config.training.batch_size
     config.training.steps_for = 0
     config.training.validate_every = math.ceil(config.training.steps / VALIDATIONS)
     # Nothing is to end the epoch early.

@@ -41,14 +41,15 @@ from twotower.training.monitoring.heartbeat import read_heartbeat
 from twotower.training.run import load_run
 
 _FAULTS = flags.DEFINE_integer("faults", 30, "Number of faults; --quick throws a twentieth.")
-_REGROUP = flags.DEFINE_bool("regroup", False, "In their place: 4, 2, 1, 4 processes of one run.")
+_REGROUP = flags.DEFINE_bool("regroup", False, "In their place: 4, 2, 3, 4 processes of one run.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of their kinds and steps.")
 
 # A Python that keeps compiled programs of both processes: most of a start would be compiling.
 _PYTHON = (sys.executable, "-m", "tests.training.keep_programs")
 STEPS = 1_500
+BATCH = 48
 # Devices of the processes that go on with one run, one after the other.
-_GROUPS = ((1, 1, 1, 1), (2, 2), (4,), (1, 1, 1, 1))
+_GROUPS = ((1, 1, 1, 1), (2, 2), (1, 1, 1), (1, 1, 1, 1))
 _FEW = 400  # steps of their run
 _PER_RUN = 10  # faults of a run
 _HEARTBEAT = 10  # seconds of silence after which a process counts as lost
@@ -71,7 +72,8 @@ def get_config():
     config.model.user.dropout = 0.4
     config.model.item.layers = (8,)
     config.model.history.kind = "bag"
-    config.training.batch_size = 64
+    # Divided by four devices and by three.
+    config.training.batch_size = BATCH
     config.training.steps = STEPS
     config.training.validate_every = 40
     config.training.log_every = 10
@@ -88,6 +90,7 @@ class Training:
         devices: Number of devices of each process.
         log_every: Number of steps between two lines of metrics.
         steps: Number of steps of the whole run.
+        options: Further flags.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Training:
         devices: Sequence[int] = (1, 1),
         log_every: int = 10,
         steps: int = STEPS,
+        options: Sequence[str] = (),
     ) -> None:
         self.workdir = workdir
         with socket.socket() as free:
@@ -118,6 +122,7 @@ class Training:
                 f"--processes={len(devices)}",
                 f"--process={number}",
                 f"--heartbeat_timeout={_HEARTBEAT}",
+                *options,
             ]
             log = logs / f"{len(list(logs.iterdir()))}.log"
             self._logs.append(log)
@@ -391,12 +396,16 @@ def regroup(scratch: Path, logs: Path) -> None:
     Raises:
         AssertionError: A process ended with another status than it should.
     """
+    # From a stream, whose processes say how many examples they have read.
+    options = ("--config.training.input=stream",)
+    examples = 0
     whole = scratch / "one"
-    with Training(whole, logs, (4,), log_every=1, steps=_FEW) as training:
+    with Training(whole, logs, (4,), log_every=1, steps=_FEW, options=options) as training:
         assert training.wait() == [0], training.said()
     workdir = scratch / "several"
     for place, devices in enumerate(_GROUPS):
-        with Training(workdir, logs, devices, log_every=1, steps=_FEW) as training:
+        several = Training(workdir, logs, devices, log_every=1, steps=_FEW, options=options)
+        with several as training:
             if place < len(_GROUPS) - 1:
                 training.wait_for_step(_FEW * (place + 1) // len(_GROUPS))
                 training.processes[-1].terminate()
@@ -404,6 +413,9 @@ def regroup(scratch: Path, logs: Path) -> None:
             expected = os.EX_TEMPFAIL if place < len(_GROUPS) - 1 else 0
             assert set(statuses) == {expected}, training.said()
             print(f"{len(devices)} processes: {statuses}, {saved_steps(workdir)[-1]}", flush=True)
+            counts = re.findall(r"This process read ([\d,]+) examples", training.said())
+            examples += sum(int(count.replace(",", "")) for count in counts)
+    print(f"{examples:,} examples were read, of {_FEW * BATCH:,} that the steps have")
     losses = []
     for path in (whole, workdir):
         lines = [line for line in read_lines(path) if "loss" in line]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.training.divided import mesh_of
 from twotower.core.errors import CheckpointError
 from twotower.training.checkpoint import Checkpoints, OldPlateau
 from twotower.training.state import TrainState
@@ -53,3 +54,19 @@ def test_another_model_is_refused_as_before(old_checkpoints):
     other.tables["user"] = other.tables.pop("item")
     with pytest.raises(CheckpointError, match="cannot be restored"):
         old_checkpoints.restore(3, abstract_of(other))
+
+
+def test_rows_that_another_number_of_devices_pads_are_left_out_and_no_others(tmp_path):
+    table = jnp.zeros((3072, 2)).at[:1000].set(jnp.arange(2000.0).reshape(1000, 2))
+    sharded = jax.sharding.NamedSharding(mesh_of(3), jax.P("devices"))
+    saved = make_state().replace(tables={"item": jax.device_put(table, sharded)})
+    with Checkpoints(tmp_path / "three", metric="recall@10", keep=1, run="r") as checkpoints:
+        checkpoints.save(3, saved, record={}, metrics={})
+        checkpoints.wait()
+        alone = make_state().replace(tables={"item": table[:1024]})
+        restored, _ = checkpoints.restore(3, abstract_of(alone))
+        np.testing.assert_array_equal(restored.tables["item"], table[:1024])
+        # The rows of more items than three devices pad to 3,072.
+        other = make_state().replace(tables={"item": jnp.zeros((4096, 2))})
+        with pytest.raises(CheckpointError, match="cannot be restored"):
+            checkpoints.restore(3, abstract_of(other))

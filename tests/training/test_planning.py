@@ -210,7 +210,7 @@ def test_commands_and_their_mistakes():
     wrong = {
         ("--kind=v5q", *sizes): "v5p",
         sizes[:2]: "--rows=0",
-        (*sizes, "--devices=3"): "choose 2",
+        (*sizes, "--devices=3"): "cannot be divided evenly over 3 devices",
         (*sizes, "--values=town=3"): "--values",
     }
     for given, expected in wrong.items():

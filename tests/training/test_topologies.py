@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks import hlo
-from tests.training.divided import differences
+from tests.training.divided import differences, mesh_of
 from tests.training.shop import TINY_FEATURES, build_trainer, small_config
 from twotower.core.mesh import make_mesh
 from twotower.pipeline.prepare import prepare
@@ -23,8 +23,9 @@ pytestmark = pytest.mark.slow
 CONFIG = small_config(
     features=TINY_FEATURES,
     model={"user": {"layers": (8,), "dropout": 0.1}, "item": {"layers": (8,)}},
-    objective={"negatives": {"queue": 128, "frequency": "gap"}},
+    objective={"negatives": {"queue": 144, "frequency": "gap"}},
     training={
+        "batch_size": 48,
         "steps": 8,
         "validate_every": 2,
         "log_every": 1,
@@ -60,19 +61,20 @@ def go_on(tiny):
                 raise Stopped
             return {"recall@10": 0.5}
 
-        return fit(trainer, tiny, workdir, validate=validate, mesh=make_mesh(devices))
+        return fit(trainer, tiny, workdir, validate=validate, mesh=mesh_of(devices))
 
     return run
 
 
-def test_saved_on_eight_devices_it_goes_on_on_four_on_one_and_on_eight_again(go_on, tmp_path):
+def test_saved_on_eight_devices_it_goes_on_on_four_on_three_and_on_eight_again(go_on, tmp_path):
     whole = go_on(tmp_path / "whole", 8)
     with pytest.raises(Stopped):
         go_on(tmp_path / "moved", 8, until=2)  # one is asked for before the first step
     shutil.copytree(tmp_path / "moved", tmp_path / "stayed")
     same = go_on(tmp_path / "stayed", 8)
     assert not differences(jax.device_get(same), jax.device_get(whole))
-    for devices in (4, 1):
+    # Tables of three devices have rows of padding that those of the others lack.
+    for devices in (4, 3):
         with pytest.raises(Stopped):
             go_on(tmp_path / "moved", devices, until=1)
     moved = go_on(tmp_path / "moved", 8)

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from twotower.core.arrays import next_power_of_two, pad_rows
+from twotower.core.arrays import next_power_of_two, pad_rows, round_up
 from twotower.core.mesh import REPLICATED, SHARDED, compiler_options, make_mesh, put
 from twotower.core.progress import progress
+from twotower.towers.embeddings import padded_rows
 from twotower.towers.two_tower import TwoTower, Weights
 
 BATCH = 4_096  # rows embedded at once
@@ -47,15 +48,15 @@ def embed_rows(
     count = len(next(iter(features.values())))
     mesh = find_mesh(weights)
     # A batch is divided over the devices, so that each needs a row.
-    min_size = mesh.size if mesh else 1
-    batch = max(batch, min_size)
+    devices = mesh.size if mesh else 1
+    batch = round_up(batch, devices)
     embed = _compiled_embed(mesh)
     # On the host: the vectors of a large corpus may not fit beside the tables.
     vectors = np.zeros((count, model.dim), np.float32)
     starts = range(0, count, batch)
     for start in progress(starts, total=len(starts), what=f"Embedding {side}s"):
         rows = min(batch, count - start)
-        size = max(min_size, min(batch, next_power_of_two(max(rows, like))))
+        size = min(batch, round_up(next_power_of_two(max(rows, like)), devices))
         padded = {
             name: pad_rows(values[start : start + rows], size) for name, values in features.items()
         }
@@ -89,9 +90,14 @@ def shard_weights(weights: Weights, devices: int) -> Weights:
     if mesh.size == 1:
         return weights
     host = jax.tree.map(np.asarray, weights)
+    # More rows where the devices do not divide those of the checkpoint.
+    tables = {
+        name: pad_rows(table, padded_rows(len(table), mesh.size))
+        for name, table in host.tables.items()
+    }
     return host._replace(
         params=put(mesh, host.params, REPLICATED),
-        tables=put(mesh, host.tables, SHARDED),
+        tables=put(mesh, tables, SHARDED),
         batch_stats=put(mesh, host.batch_stats, REPLICATED),
     )
 

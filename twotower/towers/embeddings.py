@@ -6,6 +6,8 @@ table is padding and zero.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -14,10 +16,32 @@ from twotower.core.mesh import ROW_MULTIPLE, DeviceGroup
 from twotower.kernels.sparse_update import PADDING, take_rows
 
 
-def padded_rows(rows: int) -> int:
-    """Returns the number of rows allocated for `rows` used ones."""
-    # Divisible over any usual number of devices, so that a checkpoint fits onto another mesh.
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
+def padded_rows(rows: int, devices: int = 1) -> int:
+    """Returns the number of rows allocated for `rows` used ones.
+
+    Args:
+        rows: Used rows of a table.
+        devices: Number of devices that the table is divided over.
+    """
+    # Divisible over any usual number of devices, so that a checkpoint fits onto another mesh as it
+    # is; 3 devices need some more.
+    multiple = math.lcm(ROW_MULTIPLE, devices)
+    return -(-rows // multiple) * multiple
+
+
+def blank_from(array: jax.Array, rows: int, *, start: int | Int[Array, ""] = 0) -> jax.Array:
+    """Returns an array [C, ...] with zeros from row `rows` of the table on.
+
+    Such are all rows that some numbers of devices need and others do not: checkpoints may have or
+    lack them.
+
+    Args:
+        array: Rows [start, start + C) of a table, or their slots.
+        rows: Number of rows that keep their values.
+        start: First row; may be traced.
+    """
+    is_kept = start + jnp.arange(len(array)) < rows
+    return jnp.where(is_kept.reshape(-1, *[1] * (array.ndim - 1)), array, 0)
 
 
 def init_table(

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +20,7 @@ from etils import epath
 
 from twotower.core.errors import CheckpointError, FolderError
 from twotower.core.files import read_json
+from twotower.core.mesh import ROW_MULTIPLE
 
 State = TypeVar("State", bound=Any)  # a tree of arrays
 
@@ -164,7 +166,12 @@ class Checkpoints:
             self._check_writable()
         # The checksum waits for the step that made the state; the copy of the state is then
         # asynchronous.
-        checked = {"run": self._run, "checksum": checksum(state), "loop": dict(record)}
+        checked = {
+            "run": self._run,
+            "checksum": checksum(state),
+            "devices": _count_devices(state),
+            "loop": dict(record),
+        }
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(checked)
         )
@@ -253,11 +260,15 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: Any) -> Any:
         """Reads the items of a step, also those of the time when every run kept a plateau's
-        state."""
+        state, and those of a number of devices for which tables have other rows of padding."""
+
+        # Rows may be left out or appended at the end of tables then, where all are zero: the
+        # checksum is that of the rows without them.
+        strict = not self._differs_in_padding(step, abstract)
 
         def read(target: Any) -> Any:
             # Explicit shardings let a run go on with another number of devices.
-            state = ocp.args.StandardRestore(target)
+            state = ocp.args.StandardRestore(target, strict=strict)
             items = ocp.args.Composite(state=state, record=ocp.args.JsonRestore())
             return self._manager.restore(step, args=items)
 
@@ -272,6 +283,33 @@ class Checkpoints:
                 # Damaged, or of another model: the first error says it of the tree as it is now.
                 raise error from None
 
+    def _differs_in_padding(self, step: int, abstract: Any) -> bool:
+        """Returns whether a checkpoint has other rows of padding than a state, and nothing else."""
+        items = ocp.args.Composite(record=ocp.args.JsonRestore())
+        restored: Any = self._manager.restore(step, args=items)
+        before = restored["record"].get("devices", 1)
+        now = _count_devices(abstract)
+        # The usual case, for which nothing more is read.
+        if math.lcm(ROW_MULTIPLE, before) == math.lcm(ROW_MULTIPLE, now):
+            return False
+        # Not by the manager, which knows an item only once it has restored it.
+        folder = self.folder.resolve() / str(step) / "state"
+        saved = ocp.StandardCheckpointHandler().metadata(folder)
+        shapes = {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(saved):
+            shapes[jax.tree_util.keystr(path, simple=True, separator="/")] = leaf.shape
+        differ = False
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract):
+            shape = shapes.pop(jax.tree_util.keystr(path, simple=True, separator="/"), None)
+            if shape == leaf.shape:
+                continue
+            if not shape or shape[1:] != leaf.shape[1:]:
+                return False
+            if not _pads_alike(shape[0], before, leaf.shape[0], now):
+                return False
+            differ = True
+        return differ and not shapes
+
     def _check_exists(self, step: int) -> None:
         steps = self._manager.all_steps()
         if step not in steps:
@@ -279,6 +317,26 @@ class Checkpoints:
             raise CheckpointError(
                 f"{self.folder} has no checkpoint of step {step}; it has: {known}."
             )
+
+
+def _count_devices(state: Any) -> int:
+    """Returns the number of devices that the arrays of a state, or their shapes, lie on."""
+    counts = [1]
+    for leaf in jax.tree.leaves(state):
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is not None:
+            counts.append(sharding.num_devices)
+    return max(counts)
+
+
+def _pads_alike(before: int, devices_before: int, now: int, devices: int) -> bool:
+    """Returns whether a table that had `before` rows on some devices has `now` on others."""
+    multiple_before = math.lcm(ROW_MULTIPLE, devices_before)
+    multiple = math.lcm(ROW_MULTIPLE, devices)
+    if before % multiple_before or now % multiple:
+        return False
+    # The used rows are not known here: some number of them must lead to both.
+    return max(before - multiple_before, now - multiple) < min(before, now)
 
 
 def _with_old_scalars(abstract: State) -> State:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding
 
+from twotower.core.arrays import pad_rows
 from twotower.core.mesh import (
     REPLICATED,
     SHARDED,
@@ -26,7 +27,7 @@ from twotower.kernels.loss_inputs import Loss
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.heads import init_heads
 from twotower.objectives.negatives import init_queue
-from twotower.towers.embeddings import padded_rows
+from twotower.towers.embeddings import blank_from, padded_rows
 from twotower.training.optimizers import StepScalars
 from twotower.training.state import Trainer, TrainState, state_specs
 
@@ -85,14 +86,21 @@ def _init_tables(
         for name in shardings_of_drawn:
             count = abstract.tables[name].shape[0] // mesh.size
             start = group.index() * count
-            tables[name] = trainer.model.init_rows(key, name, start=start, count=count)
+            rows = trainer.model.init_rows(key, name, start=start, count=count)
+            shared = padded_rows(trainer.model.tables[name].rows)
+            if count * mesh.size > shared:
+                rows = blank_from(rows, shared, start=start)
+            tables[name] = rows
         return tables
 
     # A row's values depend on the key and its number alone: equal on any number of devices. One
     # program for all tables, which takes a third of the time of one for each to compile.
     draw_all = shard_map_if_needed(mesh, draw, (REPLICATED,), SHARDED)
     drawn = jax.jit(draw_all, out_shardings=shardings_of_drawn)(key_data)
-    kept = {name: put(mesh, rows, SHARDED) for name, rows in pretrained.items() if rows is not None}
+    kept = {}
+    for name, rows in pretrained.items():
+        if rows is not None:
+            kept[name] = put(mesh, pad_rows(rows, abstract.tables[name].shape[0]), SHARDED)
     tables = {**drawn, **kept}
     return {name: tables[name] for name in abstract.tables}
 
@@ -107,7 +115,7 @@ def abstract_state(trainer: Trainer, mesh: AnyMesh) -> TrainState:
     # Not by `init_state`: drawing the tables takes half of the time that tracing does, and their
     # shapes are known.
     tables = {
-        name: jax.ShapeDtypeStruct((padded_rows(shape.rows), shape.width), "float32")
+        name: jax.ShapeDtypeStruct((padded_rows(shape.rows, mesh.size), shape.width), "float32")
         for name, shape in trainer.model.tables.items()
     }
     # Its type alone: a key that holds a number takes a program to make.
@@ -128,9 +136,12 @@ def _state_around(
     objective = trainer.config.objective
     params, stats = _init_dense(trainer, key)
     accumulator = training.tables.initial_accumulator
-    slots = {
-        name: trainer.optimizers.tables.init(table, accumulator) for name, table in tables.items()
-    }
+    slots = {}
+    for name, table in tables.items():
+        slots[name] = trainer.optimizers.tables.init(table, accumulator)
+        shared = padded_rows(trainer.model.tables[name].rows)
+        if len(table) > shared:
+            slots[name] = jax.tree.map(functools.partial(blank_from, rows=shared), slots[name])
     estimator = FREQUENCIES[trainer.sampling.config.frequency]
     # Users are candidates of the symmetric loss alone.
     sides = SIDES

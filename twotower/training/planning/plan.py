@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from twotower.config import Config
-from twotower.core.errors import ConfigError, choose
+from twotower.core.errors import choose
 from twotower.core.mesh import (
     AXIS,
     REPLICATED,
@@ -133,17 +133,9 @@ def make_plan(config: Config, shapes: Shapes, *, devices: int, kind: str) -> Pla
         kind: Kind of their chips, a key of `CHIPS`.
 
     Raises:
-        ConfigError: The kind is unknown, or the batch or the rows of tables cannot be divided.
+        ConfigError: The kind is unknown, or the batch cannot be divided.
     """
     chip = choose(CHIPS, kind, "--kind")
-    # A checkpoint must fit any number of devices, so that rows are padded to this number of all.
-    if ROW_MULTIPLE % devices:
-        # Divisors of a power of 2 are the powers below it.
-        below = 2 ** int(math.log2(min(devices, ROW_MULTIPLE)))
-        raise ConfigError(
-            f"--devices={devices} must divide {ROW_MULTIPLE}, by which table rows are padded: "
-            f"choose {below}."
-        )
     trainer = planned_trainer(config, shapes, backend="accelerator")
     # With "auto" replaced, so that the plan says what it counted with.
     config = trainer.config
