@@ -30,6 +30,16 @@ def read(folder):
     return pa.concat_tables([pq.read_table(path) for path in sorted(folder.glob("part-*.parquet"))])
 
 
+def check_same_files(folder, other):
+    """Compares the parts of two jobs, and what stands beside them."""
+    assert parts(folder) == parts(other) and len(parts(folder)) > 1
+    for name in parts(folder):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    for end in ("job", "manifest"):
+        files = [path.with_name(f"{path.name}_{end}.json") for path in (folder, other)]
+        assert files[0].read_bytes() == files[1].read_bytes(), end
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_vectors_of_all_users_and_items(run, retriever, tmp_path, devices):
     for task in (1, 0):  # two processes, in any order
@@ -47,9 +57,8 @@ def test_vectors_of_all_users_and_items(run, retriever, tmp_path, devices):
     # As one process writes it, byte for byte.
     if devices == 1:
         embed_all(run, tmp_path / "one", devices=1, part=50)
-        for path in sorted((tmp_path / "one").rglob("*.*")):
-            shared = tmp_path / path.relative_to(tmp_path / "one")
-            assert path.read_bytes() == shared.read_bytes(), path
+        for side in ("users", "items"):
+            check_same_files(tmp_path / side, tmp_path / "one" / side)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +84,11 @@ def test_lists_of_all_users(exported, retriever, tmp_path, options):
         np.mean(np.array(found["item_id"].to_pylist()) == np.array(expected["item_id"].to_pylist()))
         > 0.999
     )
+    # As one process writes them, byte for byte.
+    if not options:
+        for task in (1, 0):
+            recommend_all(exported, tmp_path / "shared", 5, part=100, tasks=Tasks(task, 2))
+        check_same_files(tmp_path / "shared", tmp_path / "lists")
 
 
 def numbers(rows):

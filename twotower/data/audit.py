@@ -283,24 +283,38 @@ def _time_order(split: Split, config: SplitConfig) -> Finding | None:
     # Leave-last-out mixes times by design, and "future_rows" tells of it.
     if config.kind not in ("time", "fixed") or not has_timestamps(split.train):
         return None
-    count = 0
-    example = ""
     before = split.train
     parts = _held_out_parts(split)
-    if config.validation_by in ("last", "user"):
-        # Validation rows are of the time of training by choice: the figures are those of the test.
+    if is_of_training_time(config):
         before = pa.concat_tables([split.train, split.validation])
         parts = [rows for rows in (split.test,) if rows.num_rows]
+    return rows_out_of_order(pc.max(before["timestamp"]).as_py(), parts)
+
+
+def is_of_training_time(config: SplitConfig) -> bool:
+    """Returns whether validation rows are of the time of training by choice: the figures are those
+    of the test."""
+    return config.validation_by in ("last", "user")
+
+
+def rows_out_of_order(latest: int, parts: list[pa.Table]) -> Finding | None:
+    """Returns the finding of held-out rows that are not after every row of the part before.
+
+    Args:
+        latest: Latest time of the rows before all parts, in seconds.
+        parts: Held-out rows, each part with some.
+    """
+    count = 0
+    example = ""
     for rows in parts:
         # Equal times count as early: rows of one second have no order that could be trusted.
-        latest = pc.max(before["timestamp"]).as_py()
         is_early = _as_mask(pc.less_equal(rows["timestamp"], latest))
         if is_early.any():
             count += int(is_early.sum())
             row = describe(rows, int(is_early.argmax()))
             example = f"{row}, where the part before it ends at {latest}"
         # Test rows must come after validation rows too.
-        before = pa.concat_tables([before, rows])
+        latest = max(latest, pc.max(rows["timestamp"]).as_py())
     if not count:
         return None
     message = (

@@ -101,14 +101,19 @@ def _with_validation(rows: pa.Table, divide: PartOfRows, config: SplitConfig) ->
     # Without validation rows of its own, so that all that is not the test is training at first.
     parts = divide(rows, dataclasses.replace(config, validation=0.0))
     if (parts == VALIDATION).any():
-        raise ConfigError(
-            f"config.split.validation_by={config.validation_by!r} chooses validation rows, and the "
-            "log has some of its own: leave out one of them."
-        )
+        raise validation_twice(config)
     train = np.flatnonzero(parts == TRAIN)
     hold_out = VALIDATION_BY[config.validation_by]
     parts[train[hold_out(rows.take(pa.array(train)), config)]] = VALIDATION
     return parts
+
+
+def validation_twice(config: SplitConfig) -> ConfigError:
+    """Returns the error of a log with validation rows of its own, beside which some are chosen."""
+    return ConfigError(
+        f"config.split.validation_by={config.validation_by!r} chooses validation rows, and the "
+        "log has some of its own: leave out one of them."
+    )
 
 
 def _rows_at(rows: pa.Table, positions: np.ndarray) -> pa.Table:
@@ -290,18 +295,12 @@ def split_by_column(rows: pa.Table, config: SplitConfig) -> np.ndarray:
     that `config.held` names.
     """
     if "split" not in rows.column_names:
-        raise ConfigError(
-            "config.split.kind='fixed' needs a column 'split' of train, validation and test, or "
-            "the files config.data.validation.path and config.data.test.path."
-        )
+        raise without_split_column()
     # The index in PARTS is the number of the part.
     index = pc.index_in(rows["split"].cast(pa.string()), value_set=pa.array(PARTS))
     if index.null_count:
         row = pc.index(pc.is_null(index), True).as_py()
-        raise ConfigError(
-            f"interactions row {row + 1} ({describe(rows, row)}): "
-            f"split={rows['split'][row].as_py()!r} must be one of {', '.join(PARTS)}."
-        )
+        raise no_part(row, describe(rows, row), rows["split"][row].as_py())
     parts = index.to_numpy().astype(np.int8)
     if not (parts == VALIDATION).any():
         train = np.flatnonzero(parts == TRAIN)
@@ -310,6 +309,28 @@ def split_by_column(rows: pa.Table, config: SplitConfig) -> np.ndarray:
         held_out = hold_out(rows.take(pa.array(train)), config)
         parts[train[held_out]] = VALIDATION
     return parts
+
+
+def without_split_column() -> ConfigError:
+    """Returns the error of a log that is to be divided by a column which it has not."""
+    return ConfigError(
+        "config.split.kind='fixed' needs a column 'split' of train, validation and test, or "
+        "the files config.data.validation.path and config.data.test.path."
+    )
+
+
+def no_part(row: int, example: str, value: object) -> ConfigError:
+    """Returns the error of a row whose column `split` names no part.
+
+    Args:
+        row: Number of the row, from 0.
+        example: Description of the row.
+        value: Its value.
+    """
+    return ConfigError(
+        f"interactions row {row + 1} ({example}): split={value!r} must be one of "
+        f"{', '.join(PARTS)}."
+    )
 
 
 def hold_nothing_out(rows: pa.Table, config: SplitConfig) -> np.ndarray:

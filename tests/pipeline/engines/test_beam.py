@@ -122,14 +122,14 @@ def test_bad_rows_are_refused_with_file_and_line(place, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"engine": "beam"}, "config.split.kind='fixed' is not done by --engine=beam"),
+        ({"engine": "beam"}, "config.data.source='shop' is not done by --engine=beam"),
         ({"engine": "duckdb", "beam_temp": "x"}, "--beam_temp='x' is of --engine=beam"),
         ({"engine": "beam", "beam_temp": "none://x"}, "--beam_temp: none://x/.* cannot be made"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(place, tmp_path, options, words):
-    kind = "fixed" if options == {"engine": "beam"} else "time"
-    config = config_of(place, CASES["ids alone"] | {"split": {"kind": kind}})
+    source = "shop" if options == {"engine": "beam"} else "csv"
+    config = config_of(place, CASES["ids alone"] | {"data": {"source": source}})
     with pytest.raises(ConfigError, match=words):
         prepare_folder(config, tmp_path / "undone", **options)
 

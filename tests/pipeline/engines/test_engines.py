@@ -143,6 +143,33 @@ CASES = {
         "data": {"duplicates": "first", "interactions": {"columns": {"timestamp": ""}}},
         "split": {"kind": "leave_last_out", "ties": "together", "validation_by": "user"},
     },
+    "parts by a column": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "data": {"path": "*.parts.csv", "interactions": {"columns": {"split": "whole"}}},
+        "split": {"kind": "fixed", "accept_leakage": ("repeated_pairs", "time_order")},
+    },
+    "parts by a column, some training rows held out at random": {
+        "features": {"user": ID, "item": ITEM},
+        "data": {"path": "*.parts.csv", "interactions": {"columns": {"split": "apart"}}},
+        "split": {
+            "kind": "fixed",
+            "validation": 0.3,
+            "accept_leakage": ("repeated_pairs", "time_order"),
+        },
+    },
+    "parts by a column, the latest training rows held out": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "data": {
+            "path": "*.parts.csv",
+            "interactions": {"columns": {"timestamp": "", "split": "apart"}},
+        },
+        "split": {
+            "kind": "fixed",
+            "held": "latest",
+            "validation": 0.3,
+            "accept_leakage": ("repeated_pairs", "time_order"),
+        },
+    },
     "nothing held out, weights": {
         "features": {"user": {"history": HISTORY}, "item": ITEM},
         "data": {"interactions": {"columns": {"weight": "hour"}}},
@@ -180,6 +207,14 @@ def place(tmp_path_factory):
     # Few rows of which another has user and item: the audit drops those that are held out.
     rows += [f"1600003600,{n},{n},view,1" for n in range(2)]
     (place / "c.repeat.csv").write_text("\n".join([header, *rows, "too,few"]) + "\n")
+    names = ["train", "train", "validation", "test"]
+    parts = []
+    for row in range(300):
+        user, item, time = rng.integers(0, (20, 30, 150))
+        whole = names[row % 4]
+        apart = whole.replace("validation", "train")
+        parts.append(f"{1_600_000_000 + 600 * time},{user},{item},view,1,{whole},{apart}")
+    (place / "d.parts.csv").write_text("\n".join([f"{header},whole,apart", *parts, "too,few\n"]))
     # Some without a kind, which are groups of their own.
     items = [f"i\u00e9-{item},t{item},{f'k{item % 7}' * (item % 5 > 0)}" for item in range(3, 60)]
     (place / "items.csv").write_text("\n".join(["item_id,title,kind", *items]) + "\n")
@@ -394,7 +429,6 @@ def test_labels_that_teach_nothing_are_refused(tmp_path, engine, label, words):
     ("change", "words"),
     [
         ({"data": {"item_table": {"path": "*.log.csv"}}}, "the file of the log"),
-        ({"split": {"kind": "fixed"}}, "config.split.kind='fixed'"),
         ({"data": {"source": "shop"}}, "config.data.source='shop'"),
     ],
 )
@@ -411,6 +445,29 @@ def test_a_log_without_times_is_not_divided_by_time(place, tmp_path, option):
     config = config_of(place, CASES["ids alone"] | columns)
     with pytest.raises(ConfigError, match=f"config.split.{option}='time' needs a column 'timest"):
         prepare_folder(config, tmp_path / "without", engine="duckdb", max_bad_rows=1)
+
+
+@pytest.mark.parametrize("engine", ["memory", "duckdb"])
+@pytest.mark.parametrize(
+    ("column", "split", "words"),
+    [
+        ("", {}, "'fixed' needs a column 'split' of train"),
+        ("hour", {}, r"interactions row 1 \(.*user_id=.*\): split='1' must be one of train, val"),
+        ("whole", {"validation_by": "user"}, "the log has some of its own: leave out one"),
+        (
+            "whole",
+            {"accept_leakage": ("repeated_pairs",)},
+            r"time_order: 1\d\d held-out .*user_id=",
+        ),
+    ],
+)
+def test_a_column_that_names_no_parts_is_refused(place, tmp_path, engine, column, split, words):
+    case = CASES["parts by a column"]
+    columns = {"columns": {"split": column}}
+    data = {"path": "*.parts.csv", "interactions": columns}
+    config = config_of(place, case | {"data": data, "split": case["split"] | split})
+    with pytest.raises(ConfigError, match=words):
+        prepare_folder(config, tmp_path / engine, engine=engine, max_bad_rows=1)
 
 
 def test_memory_is_read_as_people_write_it(place, tmp_path):

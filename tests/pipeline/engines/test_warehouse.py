@@ -240,7 +240,7 @@ def test_shares_are_rounded_as_in_memory(server, rows):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"split": {"kind": "fixed"}}, "config.split.kind='fixed'"),
+        ({"data": {"item_group": "title"}}, "config.data.item_group='title'"),
         ({"data": {"where": (("user_id", "!=", "7"),)}}, "config.data.where=('user_id'"),
         ({"data": {"source": "csv"}}, "config.data.source='csv'"),
         ({"data": {"where": (("event", ">", "2020-01-01"),)}}, "orders texts as times"),

@@ -17,30 +17,36 @@ from twotower.data.audit import (
     check_findings,
     drop_repeats,
     identical_rows,
+    is_of_training_time,
     repeated_pairs,
     rows_drawn,
     rows_of_future,
+    rows_out_of_order,
 )
 from twotower.data.contract import KEYS
-from twotower.data.interactions import Split, describe
+from twotower.data.interactions import PARTS, Split, describe
 from twotower.data.split import (
+    HELD,
     TEST,
     TRAIN,
     VALIDATION,
     check_parts,
     held_out_counts,
     is_enough,
+    no_part,
     parts_by_later_rows,
     split_at_random,
     undivided,
+    validation_twice,
+    without_split_column,
 )
 from twotower.pipeline.engines.database import Database
 from twotower.pipeline.engines.log import Log
 
 # Kinds of split that rows in a database have.
-KINDS = ("time", "leave_last_out", "random", "none")
+KINDS = ("time", "leave_last_out", "random", "fixed", "none")
 # Those whose part is computed from a row alone.
-_COMPUTED = ("time", "none")
+_COMPUTED = ("time", "fixed", "none")
 # Part of the rows that the audit drops.
 _NO_PART = -1
 # Ranges of time, as a power of two, that rows are counted by to find the moment at which a share of
@@ -68,6 +74,8 @@ def split_log(database: Database, log: Log, config: SplitConfig) -> Log:
     first = dataclasses.replace(config, validation=0.0) if is_apart else config
     _divide(database, log, first)
     if is_apart:
+        if part_sizes(database)[VALIDATION]:
+            raise validation_twice(config)
         _take_validation(database, log, config)
     return _check_parts(database, log, config)
 
@@ -113,6 +121,8 @@ def _divide(database: Database, log: Log, config: SplitConfig) -> None:
     part = str(TRAIN)
     if config.kind == "time":
         part = _part_by_time(database, log.time, config)
+    if config.kind == "fixed":
+        part = _part_by_column(database, log)
     # The part is computed whenever it is read: no row is written again for it.
     database.run(
         "ALTER TABLE log RENAME TO undivided; "
@@ -120,6 +130,56 @@ def _divide(database: Database, log: Log, config: SplitConfig) -> None:
     )
     if config.kind == "time":
         _check_times(database, log, config)
+    if config.kind == "fixed" and not part_sizes(database)[VALIDATION]:
+        _hold_training_rows(database, log, config)
+
+
+def _part_by_column(database: Database, log: Log) -> str:
+    """Returns the number of the part of a row as SQL; see `twotower.data.split.split_by_column`.
+
+    Raises:
+        ConfigError: There is no such column, or it names no part.
+    """
+    if "split" not in log.columns:
+        raise without_split_column()
+    text = f"CAST({log.columns['split']} AS VARCHAR)"
+    names = ", ".join(f"'{name}'" for name in PARTS)
+    position = database.value(
+        f"SELECT min(position) FROM log WHERE ({text} IN ({names})) IS NOT TRUE"
+    )
+    if position is not None:
+        wrong = f"position = {position}"
+        row = database.value(f"SELECT count(*) FROM log WHERE position < {position}")
+        value = database.value(f"SELECT {text} FROM log WHERE {wrong}")
+        example = _rows(database, log, wrong, "position")
+        raise no_part(row, describe(example, 0), value)
+    cases = " ".join(f"WHEN '{name}' THEN {part}" for part, name in enumerate(PARTS))
+    return f"CASE {text} {cases} END"
+
+
+def _hold_training_rows(database: Database, log: Log, config: SplitConfig) -> None:
+    """Makes a share of the training rows validation rows, in the way of `config.held`."""
+    choose(HELD, config.held, "config.split.held")
+    training = f"part = {TRAIN}"
+    total = part_sizes(database)[TRAIN]
+    chosen = []
+    if config.held == "random":
+        order = np.random.default_rng(config.seed).permutation(total)
+        is_chosen = np.zeros(total, bool)
+        is_chosen[order[: round(total * config.validation)]] = True
+        first = 0
+        sql = f"SELECT position FROM log WHERE {training} ORDER BY position"
+        for block in database.blocks(sql, total, "drawing"):
+            chosen.append(block["position"].to_numpy()[is_chosen[first : first + len(block)]])
+            first += len(block)
+    else:
+        by_file = dataclasses.replace(config, ties="file")
+        for position, later, rows_of_user in _rows_from_the_end(database, log, by_file, training):
+            chosen.append(position[later < np.round(rows_of_user * config.validation)])
+    positions = np.concatenate([np.zeros(0, np.int64), *chosen])
+    if len(positions):
+        database.create("chosen", pa.table({"position": positions}))
+        _make_validation(database, "position IN (FROM chosen)", "VIEW")
 
 
 def _check_times(database: Database, log: Log, config: SplitConfig) -> None:
@@ -161,9 +221,20 @@ def _take_validation(database: Database, log: Log, config: SplitConfig) -> None:
         database.create("chosen", pa.table({"position": np.concatenate(positions)}))
         chosen = "position IN (FROM chosen)"
     kind = "VIEW" if config.kind in _COMPUTED else "TABLE"
+    _make_validation(database, f"{training} AND {chosen}", kind)
+
+
+def _make_validation(database: Database, condition: str, kind: str) -> None:
+    """Gives the rows that satisfy a condition to validation.
+
+    Args:
+        database: Rows of the log, with their parts.
+        condition: Condition as SQL, which may read the table `chosen`.
+        kind: Whether the log is a TABLE or a VIEW, whose parts are computed; it is a table then.
+    """
     database.run(
         "CREATE TABLE divided AS SELECT * REPLACE ("
-        f"(CASE WHEN {training} AND {chosen} THEN {VALIDATION} ELSE part END)::TINYINT AS part) "
+        f"(CASE WHEN {condition} THEN {VALIDATION} ELSE part END)::TINYINT AS part) "
         f"FROM log; DROP {kind} log; ALTER TABLE divided RENAME TO log; "
         "DROP TABLE IF EXISTS chosen; DROP TABLE IF EXISTS undivided"
     )
@@ -275,6 +346,7 @@ def _audited(database: Database, log: Log, config: SplitConfig, sizes: Sequence[
         _future_rows(database, log, config, tables),
         repeated_pairs(split, config),
         identical_rows(split, config),
+        _rows_out_of_order(database, log, config, tables),
     ]
     findings = [finding for finding in found if finding is not None]
     check_findings(findings, config)
@@ -293,11 +365,13 @@ def _audited(database: Database, log: Log, config: SplitConfig, sizes: Sequence[
     return dataclasses.replace(log, dataset=dataset)
 
 
-def _rows(database: Database, log: Log, condition: str) -> pa.Table:
-    """Returns ids, time, part and position of some rows, in the order of the source."""
+def _rows(
+    database: Database, log: Log, condition: str, columns: str = "part, position"
+) -> pa.Table:
+    """Returns ids, time and some columns of some rows, in the order of the source."""
     time = f"{log.time} AS timestamp, " if log.has_times else ""
     rows = database.table(
-        f"SELECT u, i, {time}part, position FROM log WHERE {condition} ORDER BY position"
+        f"SELECT u, i, {time}{columns} FROM log WHERE {condition} ORDER BY position"
     )
     for column, key in zip(("u", "i"), KEYS, strict=True):
         codes = join_chunks(rows[column].cast(pa.int32()))
@@ -331,6 +405,18 @@ def _future_rows(
     first = database.value(f"SELECT min(position) FROM log WHERE {later}")
     example = describe(_rows(database, log, f"position = {first}"), 0)
     return rows_of_future(count, part_sizes(database)[TRAIN], earliest, example)
+
+
+def _rows_out_of_order(
+    database: Database, log: Log, config: SplitConfig, held_out: list[pa.Table]
+) -> Finding | None:
+    """Finds held-out rows of a column that are not after every row of the part before."""
+    if config.kind != "fixed" or not log.has_times:
+        return None
+    before = VALIDATION if is_of_training_time(config) else TRAIN
+    parts = [rows for rows in held_out[before:] if len(rows)]
+    latest = database.value(f"SELECT max({log.time}) FROM log WHERE part BETWEEN 0 AND {before}")
+    return rows_out_of_order(int(latest), parts)
 
 
 def _has_order(database: Database, log: Log, config: SplitConfig) -> bool:
