@@ -127,6 +127,16 @@ def test_scores_that_move_and_lists_that_narrow_are_told():
     assert moved.drift > 0.25 and moved.coverage == 0.01 and moved.concentration == 1.0
 
 
+def test_of_more_lists_than_are_counted_the_latest_are_left_out():
+    """What is kept is bounded however many are asked for, and none of it is given up meanwhile."""
+    figures = Served(np.zeros(0))
+    for number in range(2 * WAITING):
+        figures.add(*served([1.0], [str(number)]))
+    # Each list shows an item of its own.
+    assert figures.look(1_000).coverage == WAITING / 1_000
+    assert set(figures._counts) == set(map(str, range(WAITING)))
+
+
 def test_the_stability_of_scores_is_that_of_its_formula():
     counts = np.array([10, 20, 30, 40])
     shares = counts / 100

@@ -69,6 +69,10 @@ def check_headers(headers: Iterable[tuple[bytes, bytes]], limit: int) -> None:
     is_json = False
     for name, value in headers:
         if name == b"content-type":
+            # As most clients write it.
+            if value == b"application/json":
+                is_json = True
+                continue
             # A page of another site could send text without asking first; JSON it cannot.
             kind = value.partition(b";")[0]
             is_json = kind.strip().lower() == b"application/json"

@@ -25,7 +25,7 @@ from twotower.serving.types import Answer, Item, Retrieve
 
 LISTS = 2_000  # that the figures are of
 LONGEST = 50  # items of a list that are counted
-WAITING = 100  # lists between two looks; of more, the oldest are left out
+WAITING = 100  # lists between two looks; of more, the latest are left out
 K = 10  # items of a list whose scores are compared
 USERS = 512  # of the reference
 PARTS = 10  # of the scores of the reference
@@ -61,7 +61,7 @@ class Served:
         self._edges = np.zeros(0)
         if len(reference):
             self._edges = np.quantile(reference, np.arange(1, PARTS) / PARTS)
-        self._new: collections.deque[tuple[Any, Answer]] = collections.deque(maxlen=WAITING)
+        self._new: collections.deque[tuple[Any, Answer]] = collections.deque()
         self._lists: collections.deque[list[str]] = collections.deque()
         self._counts: collections.Counter[str] = collections.Counter()
         self._parts: collections.deque[np.ndarray] = collections.deque()
@@ -75,7 +75,10 @@ class Served:
             request: Request for it.
             answer: Answer, which nobody changes from now on.
         """
-        self._new.append((request, answer))
+        # Not in the place of an older one: the memory of an answer that is kept for a while is cold
+        # when it is freed, and the next answer would be made in other memory each time.
+        if len(self._new) < WAITING:
+            self._new.append((request, answer))
 
     def count(self, at_most: int = WAITING) -> None:
         """Counts lists that were kept.
