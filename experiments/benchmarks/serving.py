@@ -1,6 +1,7 @@
 """The cost of HTTP: the server's processor time for a request, and what it does beyond its limits.
 
     python -m experiments.benchmarks.serving [--bundle=FOLDER] [--quick] [--check] [--peer]
+    python -m experiments.benchmarks.serving --batched [--bundle=FOLDER]
     python -m experiments.benchmarks.serving --requests=1000000 [--bundle=FOLDER]
 
 Servers of one process on one core (the last one), asked from the others by wrk and hey (Debian's
@@ -8,8 +9,9 @@ packages): ids and scores, for known users and for histories of twenty items tha
 brings. The bundle is that of `experiments.benchmarks.bundle`, 200,000 items of width 64. Beside
 ours run the servers of `experiments.benchmarks.echo_servers`, which read bodies and write answers
 of the same size and do nothing else; --peer adds the same retriever behind FastAPI, in an
-environment of its own. All take turns of a few seconds, the calls in this process too, so that
-other work on the machine meets all alike; figures are medians over the turns.
+environment of its own, and --batched our server with --batch_us. All take turns of a few seconds,
+the calls in this process too, so that other work on the machine meets all alike; figures are
+medians over the turns.
 
 The HTTP part is the processor time of the server for a request beyond that of the same call in this
 process, on the same core. Promised are 60 us of a core on which a bare application of ASGI takes
@@ -56,6 +58,7 @@ from experiments.benchmarks.environments import python_with
 
 _BUNDLE = flags.DEFINE_string("bundle", "", "Folder of the bundles, made where they are missing.")
 _PEER = flags.DEFINE_bool("peer", False, "Also serve by FastAPI.")
+_BATCHED = flags.DEFINE_bool("batched", False, "Also serve with --batch_us=200.")
 _REQUESTS = flags.DEFINE_integer("requests", 0, "Requests of a run that looks at memory alone.")
 ITEMS = 200_000
 BODIES = 20_000  # as many users: what was read for one is seldom there for the next
@@ -455,6 +458,10 @@ def commands(folder: Path, temporary: Path) -> dict[str, Callable[[int], list[st
         return [sys.executable, "-m", "experiments.benchmarks.echo_servers", kind, str(port)]
 
     found: dict[str, Callable[[int], list[str]]] = {OURS: ours}
+    if _BATCHED.value:
+        # With events of its own: one server alone writes a file of them.
+        apart = ["--batch_us=200", f"--events={temporary / 'batched.events'}"]
+        found[f"{OURS} --batch_us=200"] = lambda port: [*ours(port), *apart]
     for name, kind in ECHOES.items():
         found[name] = functools.partial(echo, kind)
     if _PEER.value:

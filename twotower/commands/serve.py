@@ -100,6 +100,15 @@ _QUEUE = flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_BATCH_US = flags.DEFINE_integer(
+    "batch_us",
+    None,
+    "Microseconds in which requests to /v1/retrieve are collected and answered by one call of the "
+    "tower and, where all items are compared, one search: for accelerators. On processors it costs "
+    "more than it gains, and is off.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
 _RATE = flags.DEFINE_integer(
     "rate",
     None,
@@ -237,6 +246,7 @@ def main() -> None:
             waiting=_QUEUE.value,
             seconds=_SECONDS.value,
             rate=_RATE.value,
+            batch_us=_BATCH_US.value,
             hosts=tuple(_ALLOWED_HOSTS.value),
         ),
         "log_share": _LOG_SHARE.value if _LOG.value == "json" else None,
@@ -276,6 +286,7 @@ def _check_shard_flags() -> None:
     apart = [
         ("--bundles", bool(_BUNDLES.value)),
         ("a second --bundle", len(_BUNDLE.value or []) > 1),
+        ("--batch_us", _BATCH_US.value is not None),
     ]
     if _SHARD_URLS.value:
         role = "--shard_urls"
@@ -283,6 +294,9 @@ def _check_shard_flags() -> None:
     elif _SHARD.value is not None:
         role = "--shard"
         apart.append(("--processes", _PROCESSES.value > 1))
+    # A re-ranker runs in a thread for each request, and a batch is one for all of them.
+    if _BATCH_US.value is not None and _RERANK.value:
+        raise ConfigError("--batch_us does not go with --rerank. Leave one of them out.")
     for flag, is_set in apart:
         # Each of them would be read past: a shard answers routers alone, and a router has the
         # shards of one bundle.

@@ -95,7 +95,7 @@ def search_filtered(
     if exclude is None:
         exclude = Ragged.empty(len(queries))
     # Exact search takes exclusions itself: nothing is fetched in vain.
-    is_exact = _takes_exclusions(index)
+    is_exact = takes_exclusions(index)
     if is_exact and allowed is None:
         return index.search(queries, max(1, k), exclude=exclude)
     num_allowed = index.num_items
@@ -156,7 +156,7 @@ def _may_come_back(
     return keep
 
 
-def _takes_exclusions(index: Index) -> TypeGuard[ExactIndex | ShardedIndex]:
+def takes_exclusions(index: Index) -> TypeGuard[ExactIndex | ShardedIndex]:
     """Whether an index compares all items, and can leave some of them out."""
     return isinstance(index, ExactIndex) or (isinstance(index, ShardedIndex) and index.is_exact)
 

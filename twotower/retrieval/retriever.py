@@ -27,6 +27,7 @@ from twotower.core.progress import progress
 from twotower.core.times import TimeForm
 from twotower.data.operators import unit_of
 from twotower.index.base import check_k, check_vectors
+from twotower.index.search import takes_exclusions
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
 from twotower.retrieval.live.conditions import (
@@ -39,10 +40,10 @@ from twotower.retrieval.live.live_bundle import LiveBundle
 from twotower.retrieval.live.snapshot import Snapshot
 from twotower.retrieval.match import to_probability
 from twotower.retrieval.requests import (
+    OUR_NAMES,
     IdColumn,
     Naming,
     ReadColumn,
-    Row,
     Rows,
     as_display,
     as_table,
@@ -139,6 +140,10 @@ class EncodedUser(NamedTuple):
     vectors: np.ndarray
     rows: np.ndarray
     history: list[str]
+
+
+# A user of a request: encoded features, [1, ...] each, or the vector [1, D] that is stored.
+ReadUser = Mapping[str, np.ndarray] | np.ndarray
 
 
 class Retriever:
@@ -311,6 +316,69 @@ class Retriever:
         if not items and filters.where:
             note = _note_of_none(snapshot, filters)
         return Recommendations(items, known=bool(user_rows[0] >= 0), note=note)
+
+    def recommend_each(
+        self,
+        asked: Sequence[Mapping[str, Any]],
+        *,
+        k: int = 10,
+        exclude_seen: bool = True,
+        where: ConditionsLike = None,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] | None = (),
+        popularity_weight: float = 0.0,
+        rerank: RerankLike = None,
+        columns: Iterable[str] | None = None,
+    ) -> list[Recommendations]:
+        """Returns the lists of several users who ask alike, as `recommend` returns each of them.
+
+        Those whom the tower encodes are one batch of it. Where all items are compared, the search
+        is one too; scores are then those of a product of matrices, which differ in the last bits.
+        An approximate index is searched for each alone, with the effort that is due to its list.
+
+        Args:
+            asked: For each user the arguments `user`, `rows`, `events` and `encoded` of
+                `recommend`, those that there are.
+            k, exclude_seen, where, allow, deny, popularity_weight, rerank, columns: As in
+                `recommend`, for all of them.
+        """
+        k = check_k(k)
+        filters = self._filters(where, allow, deny)
+        shown = self._columns(columns)
+        _check_options(exclude_seen, popularity_weight)
+        users = self._encode_each(asked)
+        index = self._live.catalogue.snapshot.base.index
+        if not users or not takes_exclusions(index):
+            alike = {
+                "k": k,
+                "exclude_seen": exclude_seen,
+                "where": where,
+                "allow": filters.allow,
+                "deny": filters.deny,
+                "popularity_weight": popularity_weight,
+                "rerank": rerank,
+                "columns": shown,
+            }
+            return [self.recommend(encoded=user, **alike) for user in users]
+        histories = [user.history if exclude_seen else [] for user in users]
+        snapshot, scores, positions = self._recommend(
+            np.concatenate([user.vectors for user in users]),
+            np.concatenate([user.rows for user in users]),
+            k,
+            filters,
+            exclude_seen,
+            popularity_weight,
+            rerank,
+            histories,
+        )
+        lists = []
+        for number, user in enumerate(users):
+            items = _recommendations(snapshot, scores[number], positions[number], shown)
+            note = self._note_of_unknown(user.history)
+            if not items and filters.where:
+                note = _note_of_none(snapshot, filters)
+            lists.append(Recommendations(items, known=bool(user.rows[0] >= 0), note=note))
+        return lists
 
     def recommend_many(
         self,
@@ -743,10 +811,17 @@ class Retriever:
         snapshot.base.prepare_rows()
         # Exact search is compiled for each power of two of excluded items.
         vector = np.eye(1, towers.dim, dtype=np.float32)
-        excluded = 0
-        while excluded <= min(MAX_WARMED, 2 * self.bundle.seen.longest, len(snapshot.base)):
-            snapshot.search(vector, 10, exclude=Ragged.one(np.arange(excluded, dtype=np.int32)))
-            excluded = max(1, 2 * excluded)
+        longest = 2 * self.bundle.seen.longest
+        # Others look at one query after another.
+        is_exact: bool = takes_exclusions(snapshot.base.index)
+        for size in sizes if is_exact else [1]:
+            excluded = 0
+            while excluded <= min(MAX_WARMED, size * longest, len(snapshot.base)):
+                # All in one list: the programs differ by their number alone.
+                numbers = np.arange(excluded, dtype=np.int32)
+                lists = Ragged.from_pairs(np.zeros(excluded, int), numbers, num_rows=size)
+                snapshot.search(np.repeat(vector, size, axis=0), 10, exclude=lists)
+                excluded = max(1, 2 * excluded)
         listed = ", ".join(map(str, sizes[:-1]))
         listed = f"{listed} and {sizes[-1]} rows" if listed else "1 row"
         return f"Compiled the user tower for {listed} and the item tower for 1."
@@ -835,10 +910,6 @@ class Retriever:
         if not len(table):
             return np.zeros((0, towers.dim), np.float32)
         return towers.embed("user", self.user_rows.encode(table))
-
-    def _encode_one_user(self, row: Row) -> np.ndarray:
-        """Returns the vector of one user's features, float32 [1, D]."""
-        return self.bundle.towers.embed("user", self.user_rows.encode_one(row))
 
     def embed_users(self, user_ids: Iterable[Any]) -> np.ndarray:
         """Returns the vectors that rank items for users, known or not, float32 [B, D]."""
@@ -1066,8 +1137,51 @@ class Retriever:
         self, rows: Rows | None, user: Any, events: Sequence[Any] | None, naming: Naming
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Returns the vector [1, D] of the row of a request, that user's row, and the history."""
+        read, user_rows, history = self._read_request(rows, user, events, naming)
+        if not isinstance(read, np.ndarray):
+            read = self.bundle.towers.embed("user", read)
+        return read, user_rows, history
+
+    def _encode_each(self, asked: Sequence[Mapping[str, Any]]) -> list[EncodedUser]:
+        """Returns several users as `recommend` takes them, by one call of the user tower."""
+        users: list[EncodedUser | None] = []
+        # Number of each user whom the tower encodes -> the features, the row and the history.
+        read: dict[int, tuple[Mapping[str, np.ndarray], np.ndarray, list[str]]] = {}
+        for number, arguments in enumerate(asked):
+            users.append(arguments.get("encoded"))
+            if users[number] is not None:
+                continue
+            user = arguments.get("user")
+            rows = arguments.get("rows")
+            events = arguments.get("events")
+            if rows is not None or events is not None:
+                features, user_rows, history = self._read_request(rows, user, events, OUR_NAMES)
+            elif user is not None:
+                features, user_rows = self._read_user(self._user_id(user))
+                history = []
+            else:
+                raise ConfigError(f"asked[{number}] needs user, rows, events or encoded.")
+            if isinstance(features, np.ndarray):
+                users[number] = EncodedUser(features, user_rows, history)
+            else:
+                read[number] = (features, user_rows, history)
+        if read:
+            first, *_ = read.values()
+            batch = {
+                name: np.concatenate([features[name] for features, _, _ in read.values()])
+                for name in first[0]
+            }
+            vectors = self.bundle.towers.embed("user", batch)
+            for place, (number, (_, user_rows, history)) in enumerate(read.items()):
+                users[number] = EncodedUser(vectors[place : place + 1], user_rows, history)
+        return [user for user in users if user is not None]
+
+    def _read_request(
+        self, rows: Rows | None, user: Any, events: Sequence[Any] | None, naming: Naming
+    ) -> tuple[ReadUser, np.ndarray, list[str]]:
+        """Returns the row of a request as the tower takes it, that user's row, and the history."""
         if events is not None:
-            return self._encode_events(rows, user, events, naming)
+            return self._read_events(rows, user, events, naming)
         # The usual request, one mapping of plain values, goes past Arrow's tables.
         row = self.user_rows.read_one(rows, naming)
         if row is None:
@@ -1077,7 +1191,7 @@ class Retriever:
             if "user_id" in table.column_names:
                 ids = table["user_id"].to_pylist()
             history = self.user_rows.history_items(table)
-            return self._encode_users(table), self._rows_of_users(ids), history
+            return self.user_rows.encode(table), self._rows_of_users(ids), history
         if user is not None:
             row = {**row, "user_id": self._user_id(user)}
         user_row = -1
@@ -1085,12 +1199,12 @@ class Retriever:
         if isinstance(user_id, str):
             user_row = self.user_rows.row_by_id.get(user_id, -1)
         history = self.user_rows.history_of(row)
-        return self._encode_one_user(row), np.array([user_row]), history
+        return self.user_rows.encode_one(row), np.array([user_row]), history
 
-    def _encode_events(
+    def _read_events(
         self, rows: Rows | None, user: Any, events: Sequence[Any], naming: Naming
-    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Returns what `_encode_request` does, of a user with further events."""
+    ) -> tuple[ReadUser, np.ndarray, list[str]]:
+        """Returns what `_read_request` does, of a user with further events."""
         # A known user who brings a history, or features, past Arrow's tables.
         if rows is not None and type(events) in (tuple, list) and not events:
             row = self.user_rows.read_one(rows, naming)
@@ -1104,17 +1218,18 @@ class Retriever:
                     brought: Any = rows[0] if isinstance(rows, list) else rows
                     row = self.user_rows.beside_stored(user_id, row, brought)
                     seen = list(dict.fromkeys(self.user_rows.history_of(row)))
-                    return self._encode_one_user(row), np.array([number]), seen
+                    return self.user_rows.encode_one(row), np.array([number]), seen
         table, items, user_id = self._row_with_events(rows, user, events, naming)
         history = [*self.user_rows.history_items(table), *items]
         user_rows = self._rows_of_users([user_id])
         # The stored vector says all, where the model reads neither the events nor anything new.
+        read: ReadUser
         if user_rows[0] >= 0 and rows is None and not (items and self.user_rows.reads_history):
-            vectors = self.bundle.user_vectors[user_rows]
+            read = self.bundle.user_vectors[user_rows]
         else:
-            vectors = self._encode_users(table)
+            read = self.user_rows.encode(table)
         # Each once: a further event may repeat an item of the stored history.
-        return vectors, user_rows, list(dict.fromkeys(history))
+        return read, user_rows, list(dict.fromkeys(history))
 
     def _row_with_events(
         self, rows: Rows | None, user: Any, events: Sequence[Any], naming: Naming
@@ -1173,6 +1288,7 @@ class Retriever:
         exclude_seen: bool,
         popularity_weight: float,
         rerank: RerankLike,
+        histories: Sequence[Sequence[str]] = (),
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         """Returns what `_search` returns, re-ranked."""
         if rerank is None:
@@ -1185,7 +1301,7 @@ class Retriever:
             # More than are shown, or there would be nothing to choose between.
             fetched = k * reranking.config.multiple
         snapshot, scores, positions = self._search(
-            vectors, user_rows, fetched, filters, exclude_seen, popularity_weight
+            vectors, user_rows, fetched, filters, exclude_seen, popularity_weight, histories
         )
         if reranking is None:
             return snapshot, scores, positions
@@ -1200,6 +1316,7 @@ class Retriever:
         filters: _Filters,
         exclude_seen: bool,
         popularity_weight: float,
+        histories: Sequence[Sequence[str]] = (),
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         """Returns the snapshot that was searched, the scores [B, k] and the positions [B, k].
 
@@ -1210,6 +1327,7 @@ class Retriever:
             filters: Which items may come back.
             exclude_seen: Whether to leave out the items of each user.
             popularity_weight: See `recommend`.
+            histories: Further items to leave out for each user; none for no one.
         """
         # Read once: a compaction may replace it, and the numbers of items with it.
         live = self._live
@@ -1222,6 +1340,11 @@ class Retriever:
         if filters.deny:
             denied = catalogue.numbers_of(filters.deny)
             exclude = exclude.join(_same_list(denied, len(vectors)))
+        if any(histories):
+            lists = [catalogue.numbers_of(history) for history in histories]
+            offsets = np.cumsum([0, *map(len, lists)])
+            values = np.concatenate(lists).astype(np.int32)
+            exclude = exclude.join(Ragged(offsets, values))
         only = None
         if filters.allow is not None:
             only = catalogue.numbers_of(filters.allow)
@@ -1258,9 +1381,16 @@ class Retriever:
 
     def _vector_and_row(self, user: str) -> tuple[np.ndarray, np.ndarray]:
         """Returns the vector [1, D] of one user, to be read alone, and the row; see above."""
+        read, user_rows = self._read_user(user)
+        if not isinstance(read, np.ndarray):
+            read = self.bundle.towers.embed("user", read)
+        return read, user_rows
+
+    def _read_user(self, user: str) -> tuple[ReadUser, np.ndarray]:
+        """Returns the vector [1, D] of one user, or what the tower takes, and the row."""
         row = self.user_rows.row_by_id.get(user, -1)
         if row < 0:
-            return self._encode_one_user({"user_id": user}), np.array([row])
+            return self.user_rows.encode_one({"user_id": user}), np.array([row])
         # A part of the stored vectors, which is not copied.
         return self.bundle.user_vectors[row : row + 1], np.array([row])
 

@@ -91,6 +91,7 @@ class Answers:
         served: Figures on the lists; None before the version is warm.
         fallback: List of somebody of whom nothing is known.
         hook: Re-ranker of the model's lists; None where they are as the bundle has them.
+        max_together: Greatest number of requests that are answered together.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Answers:
         fallback: Fallback = "popular",
         hook: Hook | None = None,
         find_vector: FindVector | None = None,
+        max_together: int = 1,
     ):
         """Serves a bundle.
 
@@ -108,6 +110,7 @@ class Answers:
             fallback: List of somebody of whom nothing is known.
             hook: Re-ranker of the model's lists, but of those whose request asks for diversity.
             find_vector: Function that finds vectors of users who are not in the bundle.
+            max_together: Greatest number of requests that are answered together.
 
         Raises:
             ConfigError: The fallback are the latest items, and their times are not known.
@@ -115,6 +118,7 @@ class Answers:
         self.retriever = retriever
         self.fallback: Fallback = fallback
         self.hook = hook
+        self.max_together = max_together
         # Asked for once now: else the first stranger would find that no column says the time.
         if fallback == "latest":
             try:
@@ -139,7 +143,7 @@ class Answers:
 
     def warm(self) -> list[str]:
         """Does what the first requests would wait for, and returns golden requests that differ."""
-        self.retriever.warm()
+        self.retriever.warm(self.max_together)
         if len(self.retriever):
             # Each kind of list sorts or compiles something when it is first asked for.
             self.retriever.popular_items(1)
@@ -167,6 +171,72 @@ class Answers:
         made = self._like(request) if request.like is not None else self._of_user(request)
         # What needs more than the order of the scores is filled position by position, from a pool
         # of candidates; a plain list is one search, and costs a fraction of that.
+        if self._is_shaped(request, made):
+            return self._shape(request, made)
+        found = made.make(**made.whom, **made.options)
+        return self._answer_of(request, made, found)
+
+    def retrieve_together(self, requests: Sequence[types.Retrieve]) -> list[Answer | Exception]:
+        """Returns what `retrieve` returns or raises for each request.
+
+        The plain lists of the model that are asked for alike are made by one call of
+        `Retriever.recommend_each`; all others one by one.
+        """
+        made: dict[int, Answer] = {}
+        for group in self._alike(requests):
+            # One that fails is told when it is asked for alone, and so are those beside it.
+            with contextlib.suppress(Exception):
+                made |= self._make_each(requests, group)
+        answers = []
+        for number, request in enumerate(requests):
+            answers.append(made.get(number) or self._try(request))
+        return answers
+
+    def _alike(self, requests: Sequence[types.Retrieve]) -> list[dict[int, _List]]:
+        """Returns groups of plain lists of the model that are asked for alike, by their number."""
+        groups: dict[bytes, dict[int, _List]] = {}
+        for number, request in enumerate(requests):
+            with contextlib.suppress(Exception):
+                made = self._of_user(request) if request.like is None else None
+                if made is None or made.source != "model" or self._is_shaped(request, made):
+                    continue
+                # Who asks may be encoded already; all else must be the same.
+                options = {**made.options, "encoded": None}
+                groups.setdefault(msgspec.json.encode(options), {})[number] = made
+        # A single one gains nothing.
+        return [group for group in groups.values() if len(group) > 1]
+
+    def _make_each(
+        self, requests: Sequence[types.Retrieve], group: Mapping[int, _List]
+    ) -> dict[int, Answer]:
+        """Returns the answers of requests that ask alike, by their number."""
+        asked = []
+        options: dict[str, Any] = {}
+        for made in group.values():
+            options = dict(made.options)
+            asked.append({**made.whom, "encoded": options.pop("encoded", None)})
+        lists = self.retriever.recommend_each(asked, **options)
+        return {
+            number: self._answer_of(requests[number], made, found)
+            for (number, made), found in zip(group.items(), lists)
+        }
+
+    def _try(self, request: types.Retrieve) -> Answer | Exception:
+        """Returns what `retrieve` returns or raises."""
+        try:
+            return self.retrieve(request)
+        except Exception as error:
+            return error
+
+    def _answer_of(self, request: types.Retrieve, made: _List, found: Recommendations) -> Answer:
+        """Returns the answer of a plain list, with its reasons."""
+        answer = self._answer(request, found, made.source, known=made.known)
+        if request.reasons:
+            self._explain(answer.items, made)
+        return answer
+
+    def _is_shaped(self, request: types.Retrieve, made: _List) -> bool:
+        """Whether a list needs more than the order of the scores."""
         shaped = (
             request.boosts
             or request.promotions
@@ -180,13 +250,7 @@ class Answers:
             or (request.offset and self._reorder(request, made.source) is not None)
             or (made.source == "model" and self._ranks_whole)
         )
-        if shaped:
-            return self._shape(request, made)
-        found = made.make(**made.whom, **made.options)
-        answer = self._answer(request, found, made.source, known=made.known)
-        if request.reasons:
-            self._explain(answer.items, made)
-        return answer
+        return bool(shaped)
 
     def _of_user(self, request: types.Retrieve) -> _List:
         """Returns how the list of a user is made."""

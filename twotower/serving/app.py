@@ -43,6 +43,7 @@ from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, check_size, read_body
+from twotower.serving.lists.together import Together
 from twotower.serving.metrics import Metrics
 from twotower.serving.monitoring.log import Count, RequestLog
 from twotower.serving.monitoring.served import WAITING
@@ -520,6 +521,12 @@ class App(Service):
         if router is not None or hook is not None:
             workers = min(self.limits.waiting, MAX_THREADS)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="answer")
+        # Without threads: what arrives while a batch is answered is read when it is done.
+        self._together = None
+        if self.limits.batch_us is not None:
+            self._together = Together(
+                self._retrieve_together, self.limits.batch_us / 1e6, self.metrics.batches.observe
+            )
         self._shadows: set[asyncio.Task[None]] = set()
         aside = member.folder if member is not None else None
         self.writer = Writer(versions, events, self.limits.writes, aside)
@@ -680,7 +687,10 @@ class App(Service):
             # The hook is for the model's lists; all others wait for shards alone.
             waits = self.router is not None or name == "retrieve"
             answer = self._count_lists(function, waits and self._threads is not None)
-            made.append(self._make_single(name, summary, request, types.Answer, answer))
+            single = answer
+            if name == "retrieve" and self._together is not None:
+                single = self._count_together(self._together)
+            made.append(self._make_single(name, summary, request, types.Answer, single))
             made.append(self._make_batch(name, batch, types.AnswerBatch, answer))
         return made
 
@@ -943,14 +953,8 @@ class App(Service):
             function: Function that makes a list.
             in_thread: Whether it may wait, and is therefore called in a thread.
         """
-        versions = self.versions
+        choose = self._choose
         tell = self._tell_lists(function)
-
-        def choose(request: Any) -> Answers:
-            # With each request, since versions come and go.
-            user = getattr(request, "user_id", None)
-            session = getattr(request, "session_id", None)
-            return versions.choose(user, session, request.model_version)
 
         def answer(request: Any) -> types.Answer:
             answers = choose(request)
@@ -965,6 +969,38 @@ class App(Service):
             return made
 
         return answer_in_thread if in_thread else answer
+
+    def _choose(self, request: Any) -> Answers:
+        """Returns the version that answers a request for a list."""
+        # With each request, since versions come and go.
+        user = getattr(request, "user_id", None)
+        session = getattr(request, "session_id", None)
+        return self.versions.choose(user, session, request.model_version)
+
+    def _count_together(self, together: Together[Any, Any]) -> Callable[[Any], Any]:
+        """Returns a function that makes lists in batches, and counts each of them."""
+        tell = self._tell_lists(Answers.retrieve)
+
+        async def answer(request: types.Retrieve) -> types.Answer:
+            answers = self._choose(request)
+            made = await together.answer((answers, request))
+            tell(answers, request, made)
+            return made
+
+        return answer
+
+    def _retrieve_together(
+        self, asked: Sequence[tuple[Answers, types.Retrieve]]
+    ) -> list[types.Answer | Exception]:
+        """Returns the answers to requests, each by its version."""
+        by_version: dict[Answers, list[int]] = {}
+        for number, (answers, _) in enumerate(asked):
+            by_version.setdefault(answers, []).append(number)
+        found: dict[int, types.Answer | Exception] = {}
+        for answers, numbers in by_version.items():
+            requests = [asked[number][1] for number in numbers]
+            found |= zip(numbers, answers.retrieve_together(requests))
+        return [found[number] for number in range(len(asked))]
 
     def _tell_lists(self, function: MakeAnswer) -> Callable[[Answers, Any, types.Answer], None]:
         """Returns a function that counts lists, and keeps what was shown.

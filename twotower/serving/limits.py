@@ -31,6 +31,8 @@ class Limits:
         writes: Changes and events that wait for the disk; more are refused at once.
         rate: Requests a second of each token, and of all clients without one together; None for
             any number.
+        batch_us: Microseconds in which requests for a user's list are collected, to be answered
+            together; None to answer each at once.
         hosts: Names that requests may be sent to, besides those of the address that the server
             listens at; see `twotower.serving.access.Hosts`.
     """
@@ -44,6 +46,7 @@ class Limits:
     wait: float = 0.5
     writes: int = 64
     rate: int | None = None
+    batch_us: int | None = None
     hosts: tuple[str, ...] = ()
 
     def __post_init__(self):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 MULTIPROCESS = "PROMETHEUS_MULTIPROC_DIR"  # names the folder of the files; read at import
 # What a gauge is over several processes; "live" leaves out those that have died.
 Mode = Literal["livemax", "livesum", "livemin", "sum"]
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SERVED = {
     "drift": "Population stability index of the last scores against the bundle's own users'.",
@@ -64,6 +65,7 @@ class Metrics:
     """The counters of one server, in a registry of their own.
 
     Attributes:
+        batches: Sizes of the batches of requests that were answered together.
         shadows_skipped: Requests that the shadow did not answer, as too many waited.
         shadows_failed: Requests that the shadow failed on.
         short: Lists with fewer items than were asked for.
@@ -89,6 +91,12 @@ class Metrics:
             "Time from the request to its answer.",
             ["endpoint", "version"],
             buckets=BUCKETS,
+            registry=self._registry,
+        )
+        self.batches = Histogram(
+            "twotower_batch_requests",
+            "Requests that were answered together.",
+            buckets=BATCHES,
             registry=self._registry,
         )
         self._overlaps = Histogram(

@@ -35,6 +35,7 @@ from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits
 from twotower.serving.lists.options import ListOptions
+from twotower.serving.lists.together import MAX_TOGETHER
 from twotower.serving.monitoring.log import use_json
 from twotower.serving.processes.member import Member
 from twotower.serving.processes.signals import signals_to
@@ -133,7 +134,8 @@ def make_app(
     first = next(iter(folders.values())).absolute()
     # Before the bundles, which take seconds: a wrong --rerank or --fallback is told at once.
     prepared = (lists or ListOptions()).prepare(first)
-    make = functools.partial(prepared, find_vector=find_vector)
+    most = MAX_TOGETHER if limits.batch_us is not None else 1
+    make = functools.partial(prepared, find_vector=find_vector, max_together=most)
     state = None
     if member is not None:
         state = member.read_state()
