@@ -181,7 +181,11 @@ def test_from_a_frame_of_polars_to_recommendations(tmp_path, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "user = 'CustomerID', item = 'StockCode', time = 'InvoiceDate' (seconds" in said
     assert f"run: {run.workdir}" in said
-    assert "popularity" in said.splitlines()[-1]
+    assert "as they take longer: als (it factorises" in said
+    assert re.search(
+        r"validation: ndcg@10 [\d.]+ at step 4; .*, the best of \d+ baselines, .* same users",
+        said.splitlines()[-1],
+    )
     # A number, its digits and a float from a column with gaps name one user.
     answers = [run.recommend(user, k=5) for user in (7, "7", 7.0, np.int64(7))]
     assert all(answer.known for answer in answers)
@@ -196,7 +200,7 @@ def test_from_a_frame_of_polars_to_recommendations(tmp_path, monkeypatch, capsys
         ({}, "'training.passes'"),
     ],
 )
-def test_a_model_behind_popularity_is_told_what_to_do(facts, cure):
+def test_a_model_behind_a_baseline_is_told_what_to_do(facts, cure):
     values = {
         "num_rows": 10**5,
         "num_users": 100,
@@ -207,7 +211,7 @@ def test_a_model_behind_popularity_is_told_what_to_do(facts, cure):
         "share_new_items": 0.0,
         "share_new_users": 0.0,
     }
-    assert re.search(cure, api.popularity_cure(LogFacts(**(values | facts))))
+    assert re.search(cure, api.baseline_cure(LogFacts(**(values | facts))))
 
 
 def test_the_history_of_a_run_that_was_killed_in_a_line_is_read_without_that_line(tmp_path):

@@ -34,8 +34,8 @@ from twotower.data.split import SPLITS
 from twotower.evaluation import measure
 from twotower.evaluation.audits.sanity import check_sanity
 from twotower.evaluation.baselines.as_run import export_baseline
+from twotower.evaluation.baselines.cheap import find_rival
 from twotower.evaluation.baselines.make import BaselineOptions, parse_window
-from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.comparison.compare import Comparison, compare_records
 from twotower.evaluation.comparison.gate import (
     Judgement,
@@ -49,9 +49,9 @@ from twotower.evaluation.comparison.text import format_comparison, format_judgem
 from twotower.evaluation.evaluate import (
     check_metric_name,
     make_validate,
+    model_scores,
     validation_queries,
 )
-from twotower.evaluation.evaluate import evaluate as evaluate_ranking
 from twotower.evaluation.query_table import record_name
 from twotower.evaluation.repeat import given_options
 from twotower.evaluation.report.comparison import write_comparison
@@ -352,29 +352,33 @@ def fit(
 
 
 def _comparison(run: Run, facts: LogFacts) -> str:
-    """Returns a line on the model beside popularity, on the validation rows."""
-    evaluation = run.config.evaluation
+    """Returns lines on the model beside the best cheap baseline, on the validation rows."""
     validate = make_validate(run.prepared, run.model)
     metric = run.config.training.metric
     value = validate(run.weights)[metric]
     line = f"validation: {metric} {value:.4f} at step {run.step}"
+    # The metric of a head is none of a ranking.
+    if "@" not in metric:
+        return f"{line}."
     # The queries of the validation itself: else the two figures would not compare.
     queries = validation_queries(run.prepared)
-    order = popularity_order(run.prepared.positives("train"), queries.num_items)
-    scores = order_scores(order)
-    figures = evaluate_ranking(scores, queries, evaluation.ks, mask_seen=True)
-    # The metric of a head is none of a ranking.
-    if metric not in figures:
-        return f"{line}."
-    popularity = figures[metric]
-    line += f", popularity {popularity:.4f}."
-    if value >= popularity:
-        return line
-    return f"{line} The model is behind popularity: {popularity_cure(facts)}"
+    scores = model_scores(run.prepared, run.model, run.weights, queries)
+    rival = find_rival(run.prepared, scores, queries, metric, run.workdir)
+    name = rival.name.replace("_", " ")
+    line += f"; {name}, the best of {rival.tried} baselines, {rival.value:.4f}."
+    ends = f"{rival.low:+.4f} to {rival.high:+.4f} over the same users"
+    if rival.low > 0:
+        line += f" The model is ahead ({ends})."
+    elif rival.high < 0:
+        line += f" The model is BEHIND it ({ends}): {baseline_cure(facts)}"
+    else:
+        line += f" They cannot be told apart ({ends})."
+    dear = "; ".join(f"{one} ({reason})" for one, reason in rival.left_out.items())
+    return f"Left to run.evaluate(baselines=True), as they take longer: {dear}.\n{line}"
 
 
-def popularity_cure(facts: LogFacts) -> str:
-    """Returns what to do about a model that is behind popularity, as the end of a sentence."""
+def baseline_cure(facts: LogFacts) -> str:
+    """Returns what to do about a model that is behind a baseline, as the end of a sentence."""
     # In the order of what explains most: no training helps items that it never sees.
     if facts.share_new_items > SHARE_OF_NEWS and not facts.items:
         return (
@@ -386,10 +390,7 @@ def popularity_cure(facts: LogFacts) -> str:
             f"{facts.num_training_rows:,} rows to train with are few. Give more rows, or columns "
             "of the items as items=."
         )
-    return (
-        "try config={'training.passes': 30}, give columns of the items as items=, and compare with "
-        "run.evaluate(baselines=True)."
-    )
+    return "try config={'training.passes': 30}, or give columns of the items as items=."
 
 
 def prepare(

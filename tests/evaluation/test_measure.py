@@ -12,6 +12,8 @@ from tests.retrieval.runs import make_run
 from twotower.core.errors import ConfigError
 from twotower.evaluation import evaluate as module
 from twotower.evaluation import measure, metrics, slices
+from twotower.evaluation.baselines import cheap
+from twotower.evaluation.baselines.make import make_baselines
 from twotower.evaluation.baselines.tuning import Baselines
 from twotower.evaluation.comparison.compare import compare_records, parts_of
 from twotower.evaluation.comparison.gate import judge, read_thresholds
@@ -287,6 +289,33 @@ def test_validation_asks_a_sample_of_the_validation_queries_with_seen_items_mask
     assert found != measure("validation", mask_seen=False) and found != measure(
         "test", mask_seen=True
     )
+
+
+def test_fit_compares_with_the_best_of_the_cheap_baselines(run, tmp_path, monkeypatch):
+    queries = validation_queries(run.prepared)
+    scores = model_scores(run.prepared, run.model, run.weights, queries)
+    monkeypatch.setattr(cheap, "MAX_EASE_ITEMS", 20)
+    rival = cheap.find_rival(run.prepared, scores, queries, "ndcg@10", tmp_path)
+    # Neither the truth of the generator, which is ahead of all, nor what takes long.
+    assert list(rival.left_out) == ["als", "ease"]
+    assert rival.left_out["ease"] == f"{len(run.prepared.items):,} items are more than 20"
+    every = make_baselines(run.prepared, queries)
+    assert "true_preferences" in every
+    figures = {
+        name: evaluate(one, queries, (10,), mask_seen=True)["ndcg@10"]
+        for name, one in every.items()
+        if name not in {"random", "true_preferences", *rival.left_out}
+    }
+    assert rival.name == max(figures, key=figures.__getitem__) and rival.tried == len(figures)
+    assert rival.value == figures[rival.name]
+    own = evaluate(scores, queries, (10,), mask_seen=True)["ndcg@10"]
+    assert rival.low < own - rival.value < rival.high
+    # What it fitted is there for the evaluation.
+    assert (tmp_path / "evaluation" / "baselines" / "item_knn").is_dir()
+    monkeypatch.setattr(cheap, "MAX_ITEM_PAIRS", 1)
+    monkeypatch.setattr(cheap, "MAX_GRAPH_ROWS", 1)
+    monkeypatch.setattr(cheap, "MAX_WORDS_ITEMS", 1)
+    assert {"item_knn", "item_graph", "last_item_words"} < set(cheap.too_dear(run.prepared))
 
 
 def test_a_run_on_a_mesh_has_the_figures_of_one_device(run, measured):

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 import twotower as tt
-from tests.experiments.commands import error_of, output_of
+from tests.experiments.commands import error_of, loaded, output_of
+from twotower.__main__ import COMMANDS
+from twotower.commands import mlflow_flags
+from twotower.commands.pods.remote_folders import local_copies
 from twotower.core.errors import BundleError, ConfigError
 from twotower.integrations.embedding_history import EmbeddingHistory
 from twotower.integrations.mlflow_model import Registration
@@ -128,3 +131,71 @@ def test_commands_take_a_run_of_mlflow(tracked, elsewhere, cache, tmp_path):
     assert (file.version.name, file.version.experiment_id) == ("2026-11-25/a", "shop")
     assert "both name a run" in error_of("export", named, "--workdir=a")
     assert "is not here" in error_of("export", named)
+
+
+class Found(Exception):
+    """Ends a command that has found its folder."""
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        ("query", ["--user=1"]),
+        ("recommend_all", []),
+        ("publish", ["--redis=redis://127.0.0.1:1"]),
+        ("history", ["--append"]),
+        ("serve", ["--port=0"]),
+        ("evaluate", []),
+        ("export", []),
+        ("embed", []),
+        ("grow", ["--rows=next.csv", "--workdir=grown"]),
+        ("plan", ["--kind=h100"]),
+        ("inspect", []),
+    ],
+)
+def test_every_command_takes_its_run_from_mlflow(tracked, cache, command, arguments, monkeypatch):
+    folder = mlflow_flags.RunFlags.folder
+
+    def stop(self):
+        raise Found(folder(self))
+
+    monkeypatch.setattr(mlflow_flags.RunFlags, "folder", stop)
+    with pytest.raises(Found) as found:
+        output_of(command, "--mlflow_experiment=shop", "--mlflow_run=a", *arguments)
+    assert found.value.args == (tracked[0],)
+
+
+def test_runs_of_an_experiment_are_compared_by_their_names(tracked, cache):
+    folder, run_id = tracked
+    said = error_of("compare", "--mlflow_experiment=shop", f"{run_id}:ease", "a")
+    assert f"{folder} has no evaluation/queries.parquet" in said
+    said = error_of("compare", "--mlflow_experiment=shop", "--gate=nobody", "a")
+    assert "has no such run of this library" in said
+    gate = ("--mlflow_experiment=shop", "--gate=a", "--undertrained=nobody", "latest")
+    assert "has no such run of this library" in error_of("compare", *gate)
+
+
+def test_no_command_that_takes_a_run_is_without_that_door():
+    """But for those that make a run, or log one there."""
+    without = {"train", "repeat", "sweep", "track"}
+    for command in COMMANDS.keys() - without:
+        with loaded(command, []) as module:
+            if {"workdir", "append", "source", "log", "runs"} & set(module.FLAGS):
+                assert {"mlflow_experiment", "tracking_uri"} <= set(module.FLAGS), command
+
+
+@pytest.mark.parametrize(
+    ("command", "further"),
+    [("serve", []), ("query", []), ("impressions", ["--impressions=shown", "--events=e.jsonl"])],
+)
+def test_a_bundle_of_the_registry_stands_where_the_folder_of_a_bundle_does(
+    tracked, cache, retriever, command, further
+):
+    arguments = ["--bundle=models:/shop_model@champion", *further]
+    with loaded(command, arguments) as module:
+        module.FLAGS([command, *arguments])
+        with local_copies(module.FLAGS):
+            value = module.FLAGS["bundle"].value
+            bundle = value[0] if isinstance(value, list) else value
+            assert Path(bundle).is_relative_to(cache)
+            assert lists(tt.Retriever.load(bundle)) == lists(retriever)

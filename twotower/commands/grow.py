@@ -18,17 +18,17 @@ all other features (content).
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from absl import flags
 
 from twotower import dry_run
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 FLAGS = flags.FlagValues()
 # Not required, as --rows stands in its place: `require_one` says so with both names.
 _CONFIG = launch.define_config(FLAGS, required=False)
-_SOURCE = flags.DEFINE_string(
-    "source", None, "The run to go on from.", required=True, flag_values=FLAGS
-)
+_RUN = mlflow_flags.define_run(FLAGS, "run", "source", "The run to go on from.")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of the new run.", required=True, flag_values=FLAGS
 )
@@ -54,27 +54,28 @@ _DRY_RUN = dry_run.define(FLAGS)
 
 def main() -> None:
     launch.require_one(_CONFIG, _ROWS)
+    source = _RUN.folder()
     if _ROWS.value is None:
-        grow_to_config()
+        grow_to_config(source)
     else:
-        grow_by_rows()
+        grow_by_rows(source)
 
 
-def grow_to_config() -> None:
-    """Takes the run over to the log of --config."""
+def grow_to_config(source: Path) -> None:
+    """Takes the run in a folder over to the log of --config."""
     from twotower.config import from_dict
     from twotower.training.grow import grow
     from twotower.training.run import load_config
 
     config = from_dict(_CONFIG.value)
     if _DRY_RUN.value:
-        load_config(_SOURCE.value)  # says what to do where the folder is no run
-        print(f"Would take over {_SOURCE.value}; the training after that:")
+        load_config(source)  # says what to do where the folder is no run
+        print(f"Would take over {source}; the training after that:")
         print(dry_run.describe_training(config, _WORKDIR.value))
         return
     grow(
         config,
-        _SOURCE.value,
+        source,
         _WORKDIR.value,
         new_rows=_NEW_ROWS.value,
         checkpoint=_CHECKPOINT.value,
@@ -82,11 +83,11 @@ def grow_to_config() -> None:
     )
 
 
-def grow_by_rows() -> None:
-    """Takes the run over to its own rows and those of --rows."""
+def grow_by_rows(source: Path) -> None:
+    """Takes the run in a folder over to its own rows and those of --rows."""
     from twotower import api
 
-    run = api.load_run(_SOURCE.value, checkpoint=_CHECKPOINT.value)
+    run = api.load_run(source, checkpoint=_CHECKPOINT.value)
     if _DRY_RUN.value:
         # The rows are not read for it: reading them is most of the work.
         print(f"Would put {_ROWS.value} behind the rows of {run!r}.")

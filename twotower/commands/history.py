@@ -35,7 +35,7 @@ _HISTORY = flags.DEFINE_string(
     "history", "runs/history", "The folder of the history.", flag_values=FLAGS
 )
 # Without a value beside --mlflow_experiment.
-_RUN = mlflow_flags.define_run(FLAGS, "bundle", workdir="append")
+_RUN = mlflow_flags.define_run(FLAGS, "bundle", "append", may_stand_alone=True)
 _RUN_DATE = flags.DEFINE_string(
     "run_date", None, "YYYY-MM-DD of the run; by default today, UTC.", flag_values=FLAGS
 )

@@ -8,7 +8,8 @@ It prints what it found, what is wrong and what it took, with sample rows, and w
 that trains: by --out, or beside you under the name of the log. --user, --item and --time name the
 columns where they cannot be told.
 
-Of the folder of a run it prints where its training is, its goodput and what a step waits for.
+Of the folder of a run, or of --mlflow_experiment=shop, it prints where its training is, its goodput
+and what a step waits for.
 """
 
 from __future__ import annotations
@@ -18,14 +19,12 @@ from pathlib import Path
 
 from absl import flags
 
+from twotower.commands import mlflow_flags
+
 FLAGS = flags.FlagValues()
 POSITIONAL = "log"  # the flag that an argument without a name sets
-_LOG = flags.DEFINE_string(
-    "log",
-    None,
-    "File, folder or pattern of the log; or the folder of a run.",
-    required=True,
-    flag_values=FLAGS,
+_LOG = mlflow_flags.define_run(
+    FLAGS, "run", "log", "File, folder or pattern of the log; or the folder of a run."
 )
 _ITEMS = flags.DEFINE_string("items", "", "Table of the items.", flag_values=FLAGS)
 _USERS = flags.DEFINE_string("users", "", "Table of the users.", flag_values=FLAGS)
@@ -44,7 +43,10 @@ def main() -> None:
     from twotower.fitting import Columns
     from twotower.training.monitoring.report import describe_run, find_run
 
-    path = _LOG.value
+    # As it was given: the text of a pattern or of an address is no path.
+    path = _LOG.workdir.value or ""
+    if not path or _LOG.is_of_mlflow:
+        path = str(_LOG.folder())
     workdir = find_run(path)
     if workdir is not None:
         print("\n".join(describe_run(workdir)))

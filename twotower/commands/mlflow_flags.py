@@ -178,15 +178,9 @@ class RunFlags(NamedTuple):
                 f"--{self.workdir.name}={self.workdir.value} and --mlflow_experiment={experiment} "
                 "both name a run: give one of them."
             )
-        # Not for a run that is here: it takes time to load.
-        from twotower.integrations.mlflow_runs import find_run, folder_of
-
-        uri = self.tracking_uri.value or ""
-        found = find_run(experiment, self.mlflow_run.value, uri=uri)
-        folder = folder_of(found, self.need, uri=uri)
-        # Which run "latest" was: the next command may find another one.
-        print(f"Run {found.link.run_name!r} of the experiment {experiment!r}: {folder}")
-        return folder
+        return _tracked_folder(
+            experiment, self.mlflow_run.value, self.need, self.tracking_uri.value or ""
+        )
 
     def output(self, folder: Path, name: str) -> Path:
         """Returns where a command writes by default: into the folder of the run, or, of a bundle
@@ -202,8 +196,64 @@ class RunFlags(NamedTuple):
         return folder / name
 
 
+def _tracked_folder(experiment: str, run: str, need: Literal["run", "bundle"], uri: str) -> Path:
+    """Returns the folder of a run in MLflow, and prints which one it is."""
+    # Not for a run that is here: it takes time to load.
+    from twotower.integrations.mlflow_runs import find_run, folder_of
+
+    found = find_run(experiment, run, uri=uri)
+    folder = folder_of(found, need, uri=uri)
+    # Which run "latest" was: the next command may find another one.
+    print(f"Run {found.link.run_name!r} of the experiment {experiment!r}: {folder}")
+    return folder
+
+
+class ExperimentFlags(NamedTuple):
+    """Flags of a command that takes several runs: the experiment of MLflow that names them.
+
+    Attributes:
+        mlflow_experiment: Name of the experiment; None where runs are named by their folders.
+        tracking_uri: Address of the store; None if it is left out.
+    """
+
+    mlflow_experiment: flags.FlagHolder[str | None]
+    tracking_uri: flags.FlagHolder[str | None]
+
+    def named(self, run: str) -> str:
+        """Returns the folder of a run that is named by its folder or in the experiment.
+
+        Args:
+            run: Folder; with an experiment, name or id of a run in it, or "latest". ":ease" and
+                the like after it, which names a baseline beside the run, stays.
+        """
+        experiment = self.mlflow_experiment.value
+        if experiment is None:
+            return run
+        name, colon, ranking = run.partition(":")
+        folder = _tracked_folder(experiment, name, "run", self.tracking_uri.value or "")
+        return f"{folder}{colon}{ranking}"
+
+
+def define_experiment(flag_values: flags.FlagValues) -> ExperimentFlags:
+    """Defines --mlflow_experiment, whose runs stand in the place of folders."""
+    return ExperimentFlags(
+        flags.DEFINE_string(
+            "mlflow_experiment",
+            None,
+            "Experiment of MLflow: runs are then named as in it, by name, id or latest.",
+            flag_values=flag_values,
+        ),
+        define_tracking_uri(flag_values),
+    )
+
+
 def define_run(
-    flag_values: flags.FlagValues, need: Literal["run", "bundle"], workdir: str = "workdir"
+    flag_values: flags.FlagValues,
+    need: Literal["run", "bundle"],
+    workdir: str = "workdir",
+    description: str = "The folder of the run.",
+    *,
+    may_stand_alone: bool = False,
 ) -> RunFlags:
     """Defines --workdir, and in its place --mlflow_experiment with --mlflow_run.
 
@@ -211,13 +261,12 @@ def define_run(
         flag_values: Flags of the command.
         need: Whether it needs the folder of the run, or its bundle alone.
         workdir: Name of the first flag.
+        description: Text on it for --help.
+        may_stand_alone: Whether it may be given without a value, as --append.
     """
-    holder = flags.DEFINE(
-        _OptionalValue(), workdir, None, "The folder of the run.", flag_values=flag_values
-    )
-    # For a flag that may stand alone, as --append: absl then takes no value from the argument that
-    # follows, and "true" where there is none.
-    flag_values[workdir].boolean = workdir != "workdir"
+    holder = flags.DEFINE(_OptionalValue(), workdir, None, description, flag_values=flag_values)
+    # absl then takes no value from the argument that follows, and "true" where there is none.
+    flag_values[workdir].boolean = may_stand_alone
     return RunFlags(
         need,
         holder,

@@ -4,6 +4,8 @@ r"""Answers requests for recommendations over HTTP, by a bundle.
 
     twotower serve --bundle=shop_bundle --port=8080 --tokens=tokens.json --aliases=names.json
 
+    twotower serve --bundle=models:/shop@champion
+
     twotower serve --bundle=old=exports/november --bundle=new=exports/december --bundles=exports
 
     twotower serve --bundle=shop_bundle --shard=0 --port=8100
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from absl import flags, logging
 
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 if TYPE_CHECKING:  # the extra serve may be missing
     from twotower.serving.answers import Fallback
@@ -37,12 +39,13 @@ if TYPE_CHECKING:  # the extra serve may be missing
     from twotower.serving.processes.supervisor import Start
 
 FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string("workdir", None, "The folder of the run.", flag_values=FLAGS)
+_RUN = mlflow_flags.define_run(FLAGS, "bundle")
 _BUNDLE = flags.DEFINE_multi_string(
     "bundle",
     None,
-    "The folder of a bundle, in the place of --workdir, or NAME=FOLDER. Given several times, all "
-    "are loaded, and the first one answers until PUT /v1/admin/split or a swap says otherwise.",
+    "The folder of a bundle, in the place of --workdir, or models:/NAME@ALIAS of MLflow; or "
+    "NAME=FOLDER. Given several times, all are loaded, and the first one answers until PUT "
+    "/v1/admin/split or a swap says otherwise.",
     flag_values=FLAGS,
 )
 _BUNDLES = flags.DEFINE_string(
@@ -213,7 +216,7 @@ _SHARD_MS = flags.DEFINE_float(
 
 
 def main() -> None:
-    launch.require_one(_WORKDIR, _BUNDLE)
+    launch.require_one(_RUN.workdir, _RUN.mlflow_experiment, _BUNDLE)
     _check_shard_flags()
     _check_buckets()
     from twotower.core.install import extra
@@ -225,8 +228,8 @@ def main() -> None:
         from twotower.serving.processes.supervisor import Supervisor
     # First, so that a port in use is not met after a long load.
     bound = server.bind(_HOST.value, _PORT.value)
-    if _WORKDIR.value is not None:
-        folder = bundle_of(Path(_WORKDIR.value))
+    if _BUNDLE.value is None:
+        folder = bundle_of(_RUN.folder())
         folders = {folder.name: folder}
     else:
         folders = read_bundles(_BUNDLE.value or [])
@@ -319,7 +322,8 @@ def _check_buckets() -> None:
             f"--bundles={_BUNDLES.value}: bundles are loaded by name from a folder of this "
             "machine. Mount the bucket, or name each bundle by --bundle=NAME=ADDRESS."
         )
-    if _WORKDIR.value is not None and _FOLLOW.value and is_copy(Path(_WORKDIR.value)):
+    workdir = _RUN.workdir.value
+    if workdir is not None and _FOLLOW.value and is_copy(Path(workdir)):
         logging.warning(
             "New exports in the bucket of a run are not followed. Name its bundle in the place of "
             "--workdir: --bundle=ADDRESS/bundle."

@@ -145,7 +145,7 @@ def folder_of(found: TrackedRun, need: Literal["run", "bundle"], *, uri: str = "
         raise ConfigError(
             f"{name} was trained in {found.workdir}, which is not here: this command needs the "
             "folder of the run, with its data and checkpoints. Its bundle alone is enough for "
-            "query, recommend_all, history and publish."
+            "query, recommend_all, history, publish and serve."
         )
     run_id = found.link.run_id
     with open_store(resolve_uri(uri)) as client:

@@ -5,6 +5,7 @@ r"""Compares evaluated runs, query by query: best, not to be told apart, differe
 
 Each run is a folder that `evaluate` measured, or that of `repeat`, whose seeds are averaged;
 RUN:NAME is a baseline that was measured beside it (--baselines). All must have been measured alike.
+With --mlflow_experiment=shop runs are named as in that experiment of MLflow: compare a b b:ease.
 
     twotower compare --gate=runs/live runs/new [--thresholds=limits.json]
 
@@ -26,11 +27,14 @@ from typing import Any
 
 from absl import flags
 
+from twotower.commands import mlflow_flags
+
 FLAGS = flags.FlagValues()
 POSITIONAL = "runs"  # the flag that an argument without a name sets
 _RUNS = flags.DEFINE_multi_string(
     "runs", [], "Runs to compare, the first with each of the others.", flag_values=FLAGS
 )
+_EXPERIMENT = mlflow_flags.define_experiment(FLAGS)
 _SPLIT = flags.DEFINE_string(
     "split",
     "test",
@@ -70,7 +74,8 @@ def main() -> None:
     if _GATE.value and _REPORT.value:
         raise ConfigError(f"--report={_REPORT.value} is of a comparison: leave out --gate.")
     if not _GATE.value:
-        comparison = api.compare(_RUNS.value, split=_SPLIT.value, report=_REPORT.value)
+        runs = [_EXPERIMENT.named(run) for run in _RUNS.value]
+        comparison = api.compare(runs, split=_SPLIT.value, report=_REPORT.value)
         _write(comparison.to_dict())
         return
     try:
@@ -88,11 +93,14 @@ def _judge(standing: str) -> int:
     if len(_RUNS.value) != 1:
         given = " ".join(_RUNS.value) or "none"
         raise ConfigError(f"--gate={standing} judges one run; given: {given}.")
+    undertrained = _UNDERTRAINED.value
+    if undertrained is not None:
+        undertrained = _EXPERIMENT.named(undertrained)
     judgement = api.judge(
-        standing,
-        _RUNS.value[0],
+        _EXPERIMENT.named(standing),
+        _EXPERIMENT.named(_RUNS.value[0]),
         thresholds=_THRESHOLDS.value,
-        undertrained=_UNDERTRAINED.value,
+        undertrained=undertrained,
         split=_SPLIT.value,
     )
     # Before the exit: a pipeline reads why a candidate has failed.

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from absl import flags
 
-from twotower.commands import launch
+from twotower.commands import launch, mlflow_flags
 
 FLAGS = flags.FlagValues()
 _CONFIG = launch.define_config(FLAGS, required=False)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "", "Run whose data and configuration are planned for.", flag_values=FLAGS
+_RUN = mlflow_flags.define_run(
+    FLAGS, "run", description="Run whose data and configuration are planned for."
 )
 _DEVICES = flags.DEFINE_integer(
     "devices", 1, "Devices, as JAX counts them.", lower_bound=1, flag_values=FLAGS
@@ -52,14 +52,14 @@ def main() -> None:
 
     # As floats, since people write 1e9; counted whole below.
     sizes = {"users": _USERS.value, "items": _ITEMS.value, "rows": _ROWS.value}
-    if _WORKDIR.value:
+    if _RUN.workdir.value or _RUN.is_of_mlflow:
         # Refused: a plan for other sizes than those of the run would be taken for its own.
         if _CONFIG.value is not None or any(sizes.values()) or _VALUES.value:
             raise ConfigError(
-                f"--workdir={_WORKDIR.value} has a configuration and sizes of its own: leave out "
-                "--config, --users, --items, --rows and --values."
+                f"--workdir={_RUN.workdir.value or '...'} has a configuration and sizes of its "
+                "own: leave out --config, --users, --items, --rows and --values."
             )
-        workdir = local_folder(_WORKDIR.value)
+        workdir = local_folder(_RUN.folder())
         config = load_config(workdir)
         encoder = Encoder.load(encoder_folder(workdir))
         shapes = prepared_shapes(load_data(workdir, config, encoder))

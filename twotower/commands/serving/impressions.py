@@ -46,7 +46,10 @@ _ESTIMATE = flags.DEFINE_bool(
     "estimate", False, "Whether to estimate what other policies would earn.", flag_values=FLAGS
 )
 _BUNDLE = flags.DEFINE_string(
-    "bundle", "", "Bundle whose lists are estimated, of users alone.", flag_values=FLAGS
+    "bundle",
+    "",
+    "Bundle whose lists are estimated, of users alone: a folder, or models:/NAME@ALIAS of MLflow.",
+    flag_values=FLAGS,
 )
 
 
