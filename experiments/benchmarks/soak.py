@@ -399,11 +399,13 @@ def regroup(scratch: Path, logs: Path) -> None:
     # From a stream, whose processes say how many examples they have read.
     options = ("--config.training.input=stream",)
     examples = 0
+    begun = 0
     whole = scratch / "one"
     with Training(whole, logs, (4,), log_every=1, steps=_FEW, options=options) as training:
         assert training.wait() == [0], training.said()
     workdir = scratch / "several"
     for place, devices in enumerate(_GROUPS):
+        begun = (saved_steps(workdir) or [0])[-1]
         several = Training(workdir, logs, devices, log_every=1, steps=_FEW, options=options)
         with several as training:
             if place < len(_GROUPS) - 1:
@@ -414,8 +416,10 @@ def regroup(scratch: Path, logs: Path) -> None:
             assert set(statuses) == {expected}, training.said()
             print(f"{len(devices)} processes: {statuses}, {saved_steps(workdir)[-1]}", flush=True)
             counts = re.findall(r"This process read ([\d,]+) examples", training.said())
-            examples += sum(int(count.replace(",", "")) for count in counts)
-    print(f"{examples:,} examples were read, of {_FEW * BATCH:,} that the steps have")
+            examples = sum(int(count.replace(",", "")) for count in counts)
+    # Those before read ahead of the steps that they took; these leave out none and repeat none.
+    assert examples == (_FEW - begun) * BATCH, examples
+    print(f"the last {len(_GROUPS[-1])} read {examples:,} examples, all from step {begun} on")
     losses = []
     for path in (whole, workdir):
         lines = [line for line in read_lines(path) if "loss" in line]

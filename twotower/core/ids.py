@@ -250,21 +250,22 @@ def read_ids(values: Any, form: ReadsIds, what: str, known: Collection[str] = ()
     return ids
 
 
-def written_forms(column: pa.ChunkedArray) -> dict[str, str]:
+def written_forms(*columns: pa.ChunkedArray) -> dict[str, str]:
     """Returns the ids that a log writes in another form than NFC: NFC -> the first written form.
 
     Args:
-        column: Ids as the log has them, of any type.
+        columns: Ids as the parts of the log have them, of any type, those to train on first.
     """
-    texts = plain_text(column)
-    if not pa.types.is_string(texts.type) or _is_visible_ascii(texts):
-        return {}
-    distinct = pc.utf8_trim_whitespace(pc.unique(texts).drop_null())
-    normal = _compose(distinct)
-    # The first of equal ids decides, whether it is in NFC or not.
     first: dict[str, str] = {}
-    for form, written in zip(normal.to_pylist(), distinct.to_pylist(), strict=True):
-        first.setdefault(form, written)
+    for column in columns:
+        texts = plain_text(column)
+        if not pa.types.is_string(texts.type) or _is_visible_ascii(texts):
+            continue
+        distinct = pc.utf8_trim_whitespace(pc.unique(texts).drop_null())
+        normal = _compose(distinct)
+        # The first of equal ids decides, whether it is in NFC or not.
+        for form, written in zip(normal.to_pylist(), distinct.to_pylist(), strict=True):
+            first.setdefault(form, written)
     return {form: written for form, written in first.items() if form != written}
 
 

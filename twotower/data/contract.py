@@ -188,11 +188,7 @@ class Contract:
             # Digits only where all parts have them: one id of letters makes all of them text.
             found = {IdForm.find(part[key]) for part in parts if len(part)}
             forms[key] = IdForm.DIGITS if found == {IdForm.DIGITS} else IdForm.TEXT
-            others: dict[str, str] = {}
-            for part in parts:
-                # The first part wins, which is the training file.
-                others = written_forms(part[key]) | others
-            written[key] = others
+            written[key] = written_forms(*(part[key] for part in parts))
         return cls(**forms, time=time, written=written)
 
     def id(self, name: str, value: Any) -> str | None:

@@ -27,6 +27,7 @@ ITEM = {"item_id": {"type": "string", "embedding_size": 8}}
 ID = {"user_id": {"type": "string", "embedding_size": 8}}
 HISTORY = {"type": "history", "max_length": 4}
 GAPS = HISTORY | {"gaps": 4, "request_gap": True}
+FROM_FILES = ("repeated_pairs", "time_order")
 # Each names what it adds to a log of text that is split by time.
 CASES = {
     "ids alone": {"features": {"user": ID, "item": ITEM}},
@@ -170,6 +171,21 @@ CASES = {
             "accept_leakage": ("repeated_pairs", "time_order"),
         },
     },
+    "parts in files of their own": {
+        "features": {"user": {"history": HISTORY}, "item": ITEM},
+        "data": {
+            "path": "a.log.csv",
+            "validation": {"path": "e.held.csv"},
+            "test": {"path": "f.held.csv"},
+            "where": (("split", "!=", "nothing"), ("user_id", "!=", "11")),
+        },
+        "split": {"kind": "fixed", "accept_leakage": ("repeated_pairs",)},
+    },
+    "test rows in a file of their own": {
+        "features": {"user": ID, "item": ITEM},
+        "data": {"path": "a.log.csv", "test": {"path": "f.held.csv"}},
+        "split": {"kind": "fixed", "held": "latest", "accept_leakage": FROM_FILES},
+    },
     "nothing held out, weights": {
         "features": {"user": {"history": HISTORY}, "item": ITEM},
         "data": {"interactions": {"columns": {"weight": "hour"}}},
@@ -200,6 +216,14 @@ def place(tmp_path_factory):
     for name, part in (("a", lines[:400]), ("b", lines[400:])):
         text = "\n".join([f"{header},liked,kept", *part])
         (place / f"{name}.log.csv").write_text(f"{text}\n")
+    for name, begin in (("e", 1_650_000_000), ("f", 1_700_000_000)):
+        rows = []
+        for time in range(begin, begin + 60):
+            user, item = rng.integers(0, (45, 55))
+            # Composed and not, and in another unit.
+            rows.append(f"{1000 * time},{user}.00,ie\u0301-{item},view,{time % 24},1,0")
+        text = "\n".join([f"{header},liked,kept", *rows, "too,few"])
+        (place / f"{name}.held.csv").write_text(f"{text}\n")
     rows = []
     for pair in range(625):
         time = 1_600_000_000 + 60 * (pair % 5)
@@ -246,6 +270,10 @@ def config_of(place, case):
     for name in ("user_table", "item_table"):
         if name in data:
             data[name] = {"path": str(place / data[name]["path"])}
+    for name in ("validation", "test"):
+        if name in data:
+            form = {"timestamp_unit": "ms", "columns": columns}
+            data[name] = {"path": str(place / data[name]["path"])} | form
     return from_dict(values | {"data": data})
 
 
@@ -261,7 +289,7 @@ def test_the_engines_leave_the_same_folder(place, in_pieces, tmp_path, case):
     folders = []
     for engine in ("memory", "duckdb"):
         folder = tmp_path / engine
-        report = prepare_folder(config, folder, engine=engine, memory="400MB", max_bad_rows=1)
+        report = prepare_folder(config, folder, engine=engine, memory="400MB", max_bad_rows=3)
         folders.append(content(folder))
     assert report.dropped[0].rows == 1
     in_memory, on_disk = folders
@@ -337,6 +365,17 @@ def kill_in(owner, name, call, work):
 
 def _stop(*_, **__):
     raise KeyboardInterrupt
+
+
+def test_held_out_rows_of_another_time_are_another_preparation(place):
+    case = CASES["parts in files of their own"]
+    # A file that the configuration does not name by itself.
+    data = case["data"] | {"test": {"path": "f.h*.csv"}}
+    config = config_of(place, case | {"data": data})
+    key = stages.key_of(config, "duckdb", 1)
+    assert key == stages.key_of(config, "duckdb", 1)
+    os.utime(place / "f.held.csv", (0, 0))
+    assert key != stages.key_of(config, "duckdb", 1)
 
 
 @pytest.mark.parametrize("change", ["configuration", "log", "refused"])

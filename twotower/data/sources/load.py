@@ -187,7 +187,7 @@ def _assemble(
     interactions = parts[0]
     if len(parts) > 1:
         names = ["train", *(raw.name for raw in log[1:])]
-        named = [_with_split(part, name) for part, name in zip(parts, names, strict=True)]
+        named = [with_split(part, name) for part, name in zip(parts, names, strict=True)]
         # A column that one part lacks is null in its rows.
         interactions = pa.concat_tables(named, promote_options="permissive")
     # Once for all that counts, matches and looks up ids later.
@@ -396,7 +396,7 @@ def _in_order(raw: RawTable, table: pa.Table) -> pa.Table:
     return bigquery.sort_rows(table, raw.keys)
 
 
-def _with_split(rows: pa.Table, name: str) -> pa.Table:
+def with_split(rows: pa.Table, name: str) -> pa.Table:
     """Adds the column that a fixed split follows.
 
     Raises:

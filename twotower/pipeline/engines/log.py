@@ -100,13 +100,16 @@ class ReadLog(Protocol):
         kind: Kind of files whose name does not tell.
         contract: Forms of the times, and of the columns that are used as numbers.
         columns: Columns of the rows.
-        skipped: Note on the rows that were left out; None where there are none.
     """
 
     kind: Kind
     contract: Contract
     columns: Columns
-    skipped: Dropped | None
+
+    @property
+    def skipped(self) -> Sequence[Dropped]:
+        """Notes on the rows that were left out, of each table that had some."""
+        ...
 
     def raw(self, rows: pa.Table) -> RawTable:
         """Returns rows as those of the table of the log, which name a row by its position."""
@@ -146,7 +149,7 @@ def read_log(database: Database, config: Config, spec: FeatureSpec, folder: Path
     Raises:
         ConfigError: The data cannot be read, or can only be a mistake.
     """
-    reader = _Reader(LogReading.of(config, spec))
+    reader = _Reader(LogReading.of(config, spec).with_held_out(config.data))
     rows = _read_or_find(reader, folder)
 
     def insert(codes: Mapping[str, np.ndarray]) -> list[Dropped]:
@@ -200,9 +203,7 @@ def code_log(
     if dropped:
         of_log = {key: _ids_of_log(database, key, values) for key, values in ids.items()}
     # In the order in which memory notes them, so that both reports are the same.
-    skipped = skipped_rows(sides)
-    if read.skipped is not None:
-        skipped = [read.skipped, *skipped]
+    skipped = [*read.skipped, *skipped_rows(sides)]
     dataset = make_dataset(
         coded_schema(read.columns.schema, ids),
         of_log,
@@ -274,15 +275,17 @@ def _read_or_find(reader: _Reader, folder: Path) -> Rows:
 class _Reader:
     """Rows of the log, on their way from its files to those of the folder; it is a `ReadLog`."""
 
-    def __init__(self, reading: LogReading):
-        self._reading = reading
-        self.kind: Kind = reading.kind
+    def __init__(self, readings: Sequence[LogReading]):
+        self._readings = readings
+        # The log itself, whose forms are those of its held-out rows.
+        self._reading = readings[0]
+        self.kind: Kind = self._reading.kind
         # Row of the log at which each file begins, and its path.
         self._files: list[tuple[int, str]] = []
         self._rows = 0
         self.contract = Contract()
-        self.columns = Columns("duckdb", reading.divided_by)
-        self.skipped: Dropped | None = None
+        self.columns = Columns("duckdb", self._reading.divided_by)
+        self.skipped: list[Dropped] = []
         # Distinct ids of each block by key.
         self._sizes: dict[str, list[int]] = {}
 
@@ -296,12 +299,20 @@ class _Reader:
             ConfigError: They cannot be read, or have no rows.
         """
         writer = RowWriter(scratch)
+        for reading in self._readings:
+            self._read_table(reading, writer)
+        self._sizes = writer.finish()
+        return Rows(scratch, self._sizes)
+
+    def _read_table(self, reading: LogReading, writer: RowWriter) -> None:
+        """Reads the files of one table of the log."""
+        begin = self._rows
         skipped = 0
         places: list[str] = []
-        table = self._reading.table
-        for path, event in files.find_event_files(table, "interactions", self.kind):
+        table = reading.table
+        for path, event in files.find_event_files(table, reading.name, self.kind):
             self._files.append((self._rows, str(path)))
-            pieces = files.read_pieces(path, table, "interactions", self.kind)
+            pieces = files.read_pieces(path, table, reading.name, self.kind)
             total = files.estimate_pieces(path)
             for part in progress(pieces, total=total, what=f"reading {path.name}", seconds=10.0):
                 if part.rows is not None and len(part.rows.skipped):
@@ -309,15 +320,13 @@ class _Reader:
                     lines = part.rows.skipped_lines(SHOWN - len(places))
                     places += [f"{path}, line {line}" for line in lines]
                 if event:
-                    part = files.with_event(part, event, "interactions")
+                    part = files.with_event(part, event, reading.name)
                 if len(part.table):
-                    self._add(part, writer)
-        if not self._rows:
-            raise without_rows(table.path)
+                    self._add(part, reading, writer)
+        if self._rows == begin:
+            raise without_rows(table.path, reading.name)
         if skipped:
-            self.skipped = note_skipped(skipped, self._rows, places)
-        self._sizes = writer.finish()
-        return Rows(scratch, self._sizes)
+            self.skipped.append(note_skipped(skipped, self._rows - begin, places))
 
     def state(self) -> dict[str, Any]:
         """Returns what was found when the files were read, as values of JSON."""
@@ -330,7 +339,7 @@ class _Reader:
             # Of no matter to a contract, but told when times are refused.
             "time": {"is_typed": time.is_typed, "is_text": time.is_text},
             "schema": schema_to_text(self.columns.schema),
-            "skipped": None if self.skipped is None else dataclasses.asdict(self.skipped),
+            "skipped": [dataclasses.asdict(note) for note in self.skipped],
         }
 
     def restore(self, scratch: Path, state: Mapping[str, Any]) -> Rows:
@@ -347,9 +356,8 @@ class _Reader:
         time = dataclasses.replace(contract.time, **state["time"])
         self.contract = dataclasses.replace(contract, time=time)
         self.columns.begin(schema_from_text(state["schema"]), self._files[0][1])
-        skipped = state["skipped"]
-        if skipped is not None:
-            self.skipped = Dropped(**{**skipped, "places": tuple(skipped["places"])})
+        for note in state["skipped"]:
+            self.skipped.append(Dropped(**{**note, "places": tuple(note["places"])}))
         return Rows(scratch, self._sizes)
 
     def place(self, position: int) -> str:
@@ -363,11 +371,15 @@ class _Reader:
         origin = Origin(self._files[-1][1], self.place, is_typed=self.kind != "csv")
         return RawTable(rows, self._reading.table, "interactions", origin)
 
-    def _add(self, part: files.Part, writer: RowWriter) -> None:
+    def _add(self, part: files.Part, reading: LogReading, writer: RowWriter) -> None:
         name = self._files[-1][1]
         # Piece by piece, with the file and line of each row for messages.
         origin = Origin(name, functools.partial(place_in, part), is_typed=self.kind != "csv")
-        rows, self.contract, failed = self._reading.read(part.table, origin, self.contract)
+        time = self.contract.time
+        rows, self.contract, failed = reading.read(part.table, origin, self.contract)
+        # The form of the times is that of the log itself.
+        if reading is not self._reading:
+            self.contract = dataclasses.replace(self.contract, time=time)
         if not self._rows:
             self.columns.begin(rows.schema, name)
         self.columns.widen(rows.schema, name, is_text=part.kind == "csv")

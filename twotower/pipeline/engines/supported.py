@@ -36,15 +36,19 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
         f"data.item_table.path={data.item_table.path!r}, the file of the log": describes_items(
             data
         ),
-        f"data.validation.path={data.validation.path!r}": bool(data.validation.path),
-        f"data.test.path={data.test.path!r}": bool(data.test.path),
         # Of files a query is refused where they are found to be missing.
         "data.validation.query": bool(data.validation.query),
         "data.test.query": bool(data.test.query),
         # Padded rows are read once more, when the others are known.
         "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
+        "data.validation.bad_rows='pad'": data.validation.bad_rows == "pad",
+        "data.test.bad_rows='pad'": data.test.bad_rows == "pad",
         f"split.kind={config.split.kind!r}": config.split.kind not in KINDS,
     }
+    if engine != "duckdb":
+        for name in ("validation", "test"):
+            path = getattr(data, name).path
+            undone[f"data.{name}.path={path!r}"] = bool(path)
     for condition in data.where:
         # The script compares before ids have their form.
         if condition and condition[0] in KEYS and in_warehouse:

@@ -133,8 +133,7 @@ def _read_log(
     paths = {piece.file: piece.path for piece in pieces}
     read = _ReadLog(reading, paths, store.read_json("blocks.json"))
     # Before the rows are sent from worker to worker.
-    if read.skipped is not None:
-        check_bad_rows([read.skipped], max_bad_rows)
+    check_bad_rows(read.skipped, max_bad_rows)
     distinct = _DistinctIds(read, store)
 
     def insert(codes: Mapping[str, np.ndarray]) -> list[Dropped]:
@@ -176,7 +175,7 @@ class _ReadLog:
         self.kind: Kind = reading.kind
         self.contract = Contract()
         self.columns = Columns("beam", reading.divided_by)
-        self.skipped: Dropped | None = None
+        self.skipped: list[Dropped] = []
         self.num_rows = 0
         self.blocks: list[Block] = []
         # Position of the first row of each file, by its number.
@@ -196,7 +195,7 @@ class _ReadLog:
         if not self.num_rows:
             raise without_rows(reading.table.path)
         if skipped:
-            self.skipped = note_skipped(skipped, self.num_rows, places[:SHOWN])
+            self.skipped.append(note_skipped(skipped, self.num_rows, places[:SHOWN]))
 
     def _add(self, block: dict[str, Any]) -> None:
         """Takes what is known of a block of rows."""

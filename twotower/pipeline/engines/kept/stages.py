@@ -37,7 +37,7 @@ STAGES = {
     "histories": "the histories are written",
 }
 _KEY = "key.json"
-_TABLES = ("interactions", "user_table", "item_table")
+_TABLES = ("interactions", "user_table", "item_table", "validation", "test")
 
 
 class Stages:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from twotower.config import Config, SplitConfig, TableConfig
+from twotower.config import Config, DataConfig, SplitConfig, TableConfig
 from twotower.core.arrow import BadValue, plain_text
 from twotower.core.errors import ConfigError
 from twotower.data.contract import KEYS, Contract, Uses
@@ -17,7 +17,7 @@ from twotower.data.filters import with_separator
 from twotower.data.operators import matches
 from twotower.data.sources import files
 from twotower.data.sources.content import Kind
-from twotower.data.sources.load import skipped_rows
+from twotower.data.sources.load import skipped_rows, with_split
 from twotower.data.tables import Origin, RawTable, log_column, read_uses
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.describe import list_separators
@@ -39,6 +39,8 @@ class LogReading:
         uses: Uses of its columns.
         where: Conditions of `config.data.where`, each with the name of its field.
         divided_by: Option that divides the log by its times; empty for none.
+        name: Name of the table in the configuration.
+        part: Part that all of its rows belong to; empty where the log is one table.
     """
 
     table: TableConfig
@@ -46,6 +48,8 @@ class LogReading:
     uses: Uses
     where: Sequence[tuple[tuple, str]]
     divided_by: str = ""
+    name: str = "interactions"
+    part: str = ""
 
     @classmethod
     def of(cls, config: Config, spec: FeatureSpec) -> LogReading:
@@ -70,6 +74,16 @@ class LogReading:
             divided_by=_divided_by(config.split),
         )
 
+    def with_held_out(self, data: DataConfig) -> list[LogReading]:
+        """Returns how all tables of a log are read: this one, and those of held-out rows."""
+        readings = []
+        for name in ("validation", "test"):
+            table: TableConfig = getattr(data, name)
+            if table.path or table.event_files:
+                readings.append(dataclasses.replace(self, table=table, name=name, part=name))
+        first = dataclasses.replace(self, part="train") if readings else self
+        return [first, *readings]
+
     def read(
         self, rows: pa.Table, origin: Origin, contract: Contract
     ) -> tuple[pa.Table, Contract, np.ndarray]:
@@ -87,8 +101,10 @@ class LogReading:
         Raises:
             ConfigError: A missing column, or a value of the wrong type.
         """
-        raw = RawTable(rows, self.table, "interactions", origin).with_our_names()
+        raw = RawTable(rows, self.table, self.name, origin).with_our_names()
         typed, contract = _typed(raw, self.uses, contract)
+        if self.part:
+            typed = with_split(typed, self.part)
         # While the columns have Arrow's types: conditions mean the same in every engine.
         return typed, contract, _first_failed(typed, self.where)
 
@@ -101,11 +117,10 @@ def _divided_by(split: SplitConfig) -> str:
     return ""
 
 
-def without_rows(path: str) -> ConfigError:
-    """Returns the error of a log whose files have no rows."""
+def without_rows(path: str, name: str = "interactions") -> ConfigError:
+    """Returns the error of a table of the log whose files have no rows."""
     return ConfigError(
-        f"interactions: {path} has no rows; config.data.interactions.path must name a file with "
-        "data."
+        f"{name}: {path} has no rows; config.data.{name}.path must name a file with data."
     )
 
 
