@@ -424,7 +424,9 @@ class Answers:
                 )
         row = dict(features)
         if history is not None and self._history:
-            row[self._history] = [_as_event(event) for event in history]
+            # Most are ids alone, as they are.
+            is_plain = set(map(type, history)) == {str}
+            row[self._history] = list(history if is_plain else map(_as_event, history))
         return row
 
     def _shape(self, request: types.Retrieve, made: _List) -> Answer:
