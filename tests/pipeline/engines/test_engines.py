@@ -1,5 +1,6 @@
 """The engines leave one folder, byte for byte; what was stopped goes on."""
 
+import dataclasses
 import errno
 import os
 import re
@@ -434,6 +435,29 @@ def test_bad_rows_are_refused_with_file_and_line(place, tmp_path, engine, allowe
     config = config_of(place, CASES["ids alone"])
     with pytest.raises(ConfigError, match=r"a\.log\.csv, line 302"):
         prepare_folder(config, tmp_path / "bad", engine=engine, max_bad_rows=allowed)
+
+
+def test_short_rows_are_padded_in_their_places(in_pieces, tmp_path):
+    lines = []
+    for row in range(400):
+        line = f"{1_600_000_000 + row},u{row % 7},i{row % 11},view,{row}"
+        # Some of the last piece too, behind its last whole row.
+        if row % 37 == 3 or row > 397:
+            line = line.rpartition(",view")[0]
+        lines.append(line)
+    lines[200] += ",,"
+    text = "\n".join(["time,user_id,item_id,event,hour", *lines])
+    (tmp_path / "a.log.csv").write_text(f"{text}\n")
+    case = CASES["rows at random, without times"]
+    data = case["data"] | {"duplicates": "all"}
+    leaks = {"accept_leakage": ("repeated_pairs", "identical_rows")}
+    config = config_of(tmp_path, case | {"data": data, "split": case["split"] | leaks})
+    table = dataclasses.replace(config.data.interactions, bad_rows="pad")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, interactions=table))
+    for engine in ("memory", "duckdb"):
+        report = prepare_folder(config, tmp_path / engine, engine=engine)
+        assert report.rows == 400 and not report.dropped
+    assert content(tmp_path / "memory") == content(tmp_path / "duckdb")
 
 
 @pytest.mark.parametrize("engine", ["memory", "duckdb"])

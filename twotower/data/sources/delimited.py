@@ -105,7 +105,7 @@ def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[Ro
 
     Args:
         content: The file.
-        config: Configured form; bad rows are refused or skipped.
+        config: Configured form.
         name: Name of the table in the configuration, for messages.
 
     Raises:
@@ -127,13 +127,15 @@ def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[Ro
         del bad[: len(own)]
         skipped = _records_of(own, form)
         good = np.delete(np.arange(first, end), skipped - first)
-        rows = Rows(table, names, content, form, good, skipped)
+        rows = _padded(Rows(table, names, content, form, good, skipped), own, header, reading)
         _check_rows(rows, own, name)
         yield _without_marks(_without_repeated_headers(rows, name))
         first = end
     # Those behind the last good row.
     if bad:
-        rows = Rows(_no_rows(names), names, content, form, skipped=_records_of(bad, form))
+        none = np.zeros(0, np.int64)
+        rows = Rows(_no_rows(names), names, content, form, none, _records_of(bad, form))
+        rows = _padded(rows, bad, header, reading)
         _check_rows(rows, bad, name)
         yield rows
 
@@ -478,14 +480,29 @@ def _with_bad_rows(
     numbers = _records_of(bad, form)
     good = np.delete(np.arange(len(rows.table) + len(bad)), numbers)
     # Rows that are left out, or refused below, leave gaps in the numbers of the others.
-    if form.bad_rows != "pad" or _too_long(bad, arrow_delimiter(form)):
-        return dataclasses.replace(rows, records=good, skipped=numbers)
+    return _padded(dataclasses.replace(rows, records=good, skipped=numbers), bad, header, reading)
+
+
+def _padded(rows: Rows, bad: list[csv.InvalidRow], header: list[str], reading: _Reading) -> Rows:
+    """Returns rows with those among them that are to be padded, which are skipped so far.
+
+    Rows that have too many fields stay out, to be refused.
+    """
+    form = rows.form
+    if form.bad_rows != "pad" or not bad or _too_long(bad, arrow_delimiter(form)):
+        return rows
     texts = [_pad(row, arrow_delimiter(form)) for row in bad]
     table = pa.concat_tables([rows.table, reading.padded(texts, header)])
-    records = np.concatenate([good, numbers])
+    assert rows.records is not None, "rows beside bad ones are numbered"
+    records = np.concatenate([rows.records, rows.skipped])
     # The order of the file is the order of time where a log has no times.
     order = np.argsort(records)
-    return dataclasses.replace(rows, table=table.take(pa.array(order)), records=records[order])
+    return dataclasses.replace(
+        rows,
+        table=table.take(pa.array(order)),
+        records=records[order],
+        skipped=np.zeros(0, np.int64),
+    )
 
 
 def _records_of(bad: list[csv.InvalidRow], form: TableConfig) -> np.ndarray:

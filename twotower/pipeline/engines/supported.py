@@ -39,10 +39,6 @@ def check_supported(config: Config, spec: FeatureSpec, engine: str) -> None:
         # Of files a query is refused where they are found to be missing.
         "data.validation.query": bool(data.validation.query),
         "data.test.query": bool(data.test.query),
-        # Padded rows are read once more, when the others are known.
-        "data.interactions.bad_rows='pad'": data.interactions.bad_rows == "pad",
-        "data.validation.bad_rows='pad'": data.validation.bad_rows == "pad",
-        "data.test.bad_rows='pad'": data.test.bad_rows == "pad",
         f"split.kind={config.split.kind!r}": config.split.kind not in KINDS,
     }
     if engine != "duckdb":
