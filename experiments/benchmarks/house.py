@@ -1,10 +1,10 @@
 """Measures how the package reads: its size, its density and what a reader must load to follow it.
 
-    python -m experiments.benchmarks.house [--root=FOLDER] [--quick] [--json=FILE]
+    python -m experiments.benchmarks.house [--root=FOLDER] [--quick] [--suite] [--json=FILE]
 
 `--root` names another checkout, to compare with. Lines are counted after the formatter has laid the
 code out at 100 columns without suppressions, whatever the layout in the files is; `--quick` leaves
-the type checker out.
+the type checker out; `--suite` runs the tests too, as `launch_local.sh test` does, for their time.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import ast
 import io
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import tokenize
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from absl import app, flags
 from experiments.benchmarks import harness
 
 _ROOT = flags.DEFINE_string("root", "", "The checkout to measure; by default this one.")
+_SUITE = flags.DEFINE_bool("suite", False, "Runs the test suite, which takes minutes.")
 
 FOR_TOOLS = re.compile(r"#\s*(fmt|noqa|type|pyright|!)")
 SUPPRESSION = re.compile(r"#\s*fmt:\s*(skip|off)")
@@ -110,6 +113,24 @@ def type_errors(root: Path) -> int:
     return json.loads(done.stdout)["summary"]["errorCount"]
 
 
+def time_of_suite(root: Path) -> dict[str, float]:
+    """Runs the test suite of a checkout; returns its minutes, and the seconds of processors."""
+    options = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", "-q"]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    minutes = (time.perf_counter() - start) / 60
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(done.stdout.strip().splitlines()[-1])
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        "minutes of the test suite": round(minutes, 1),
+        "seconds of processors in it": round(seconds),
+    }
+
+
 def measure(root: Path, *, types: bool) -> dict[str, float]:
     """Returns the figures of a checkout by name."""
     paths = package_files(root)
@@ -135,6 +156,8 @@ def main(argv: list[str]) -> None:
     del argv
     root = Path(_ROOT.value).resolve() if _ROOT.value else Path(__file__).resolve().parents[2]
     figures = measure(root, types=not harness.QUICK.value)
+    if _SUITE.value:
+        figures |= time_of_suite(root)
     for name, value in figures.items():
         print(f"{name:34} {value:>10,}")
     if harness.JSON.value:
