@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -13,6 +14,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling is most of what tests do. The passes that decide what a program holds and moves run all
 # the same.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Half of compiling a step, or more, are loops that MLIR writes; XLA's older emitters need no
+    # MLIR. Newer versions do not know the flag: the quick tests with them show the others at work.
+    # Workers inherit it; programs are kept by the whole text of the flags.
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_cpu_use_fusion_emitters" not in flags:
+        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {flags}".strip()
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     # Shared by the workers, by the processes that tests start and by later runs, which compile many
     # programs alike. A program is found by its whole text, so a stale one is never taken.
