@@ -40,7 +40,11 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--host=127.0.0.1", "--workers=1"]
         command += [f"--port={self.port}", f"--backend-store-uri=sqlite:///{self.folder}/server.db"]
         command += [f"--artifacts-destination={self.folder}/files"]
-        environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+        environment = os.environ | {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            # Runs of jobs, which nobody asks for here, are processes that each import MLflow.
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        }
         with (self.folder / "log").open("a") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, start_new_session=True
