@@ -57,13 +57,15 @@ mesh = importlib.import_module("twotower.core.mesh")
 MAKE_MESH = mesh.make_mesh
 # Devices of a mesh whose number nobody names; 0 are all.
 UNNAMED = {"devices": 1}
-# Few cases of many seconds each, most of them spent in other processes. They come first: workers
+# Few cases of many seconds each, spent in other processes or in compiling. They come first: workers
 # take whole files, and the last one is run by one worker while the others have ended.
 LONGEST = (
     "experiments/test_recipes.py",
     "test_guides.py",
     "training/test_processes.py",
     "training/test_mesh.py",
+    "training/test_step.py",
+    "training/test_sequence_training.py",
     "integrations/test_live_tracking.py",
     "experiments/test_own_parts.py",
     "experiments/test_configs.py",
