@@ -54,10 +54,10 @@ def _replaced(value: object, replace: Callable[[str], str]) -> object:
         return [_replaced(each, replace) for each in value]
     if not isinstance(value, str):
         return value
-    if is_remote(value) or is_address(value):
+    if is_remote(value):
         return replace(value)
     name, equals, address = value.partition("=")
-    if not is_remote(address) and not is_address(address):
+    if not is_remote(address):
         return value
     return f"{name}{equals}{replace(address)}"
 
