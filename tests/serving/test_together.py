@@ -1,12 +1,14 @@
 """Requests that are answered together: each as it is answered alone, whatever stands beside it."""
 
 import asyncio
+import types
 
 import numpy as np
 import pytest
 
 from tests.index.fakes import UnconditionalIndex
 from tests.serving.asking import ask, make_app, send
+from twotower.core.errors import ConfigError
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import append_coordinate
 from twotower.retrieval.retriever import Retriever
@@ -161,3 +163,16 @@ def test_batches_are_bounded_and_each_answer_is_its_own():
         raise KeyError("all")
 
     assert all(isinstance(each, KeyError) for each in asyncio.run(ask_all(fail, 3)))
+
+
+@pytest.mark.parametrize("other", ["rerank", "shard_urls", "shard"])
+def test_flags_that_no_batch_goes_with_are_refused(other, monkeypatch):
+    from twotower.commands import serve
+
+    names = ("bundles", "bundle", "shard_urls", "shard", "processes", "batch_us", "rerank")
+    values: dict = dict.fromkeys(names) | {"processes": 1, "batch_us": 200}
+    values[other] = {"rerank": "mmr", "shard_urls": ["http://127.0.0.1:1"], "shard": 0}[other]
+    for name, value in values.items():
+        monkeypatch.setattr(serve, f"_{name.upper()}", types.SimpleNamespace(value=value))
+    with pytest.raises(ConfigError, match=r"--batch_us.* does not go with|not go with --batch_us"):
+        serve._check_shard_flags()

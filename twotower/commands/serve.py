@@ -107,8 +107,8 @@ _BATCH_US = flags.DEFINE_integer(
     "batch_us",
     None,
     "Microseconds in which requests to /v1/retrieve are collected and answered by one call of the "
-    "tower and, where all items are compared, one search: for accelerators. On processors it costs "
-    "more than it gains, and is off.",
+    "tower and, where all items are compared, one search: for accelerators, or many histories at "
+    "once. A request that is alone waits so long. None by default.",
     lower_bound=1,
     flag_values=FLAGS,
 )
