@@ -22,7 +22,7 @@ NOBODY = -1
 SEVERAL = -2
 # Entries of lists that are kept for the interval of the Gini coefficient: of more lists, those of
 # some users, evenly spaced, stand for all.
-MAX_ENTRIES = 2**24
+MAX_ENTRIES = 2**22
 
 
 class Holders:
@@ -197,7 +197,10 @@ class Resampling:
             gini: Their Gini coefficient.
         """
         self._joined = self._joined.join(self._holders[k])
-        lists = np.concatenate(self._kept)[:, :k]
+        # Once, and not for each length: they are most of what an evaluation holds.
+        if len(self._kept) > 1:
+            self._kept = [np.concatenate(self._kept)]
+        lists = self._kept[0][:, :k]
         return {
             "coverage": self._joined.changes(self._users.count),
             "gini": gini_changes(self._users, self._kept_owner, lists, exposures, gini),
