@@ -205,11 +205,11 @@ def _import_module(module: str, folder: Path, name: str, kinds: str) -> None:
             f"config.plugins: there is no module {module!r}{_needed_for(name, kinds)} Run the "
             "command in the folder that holds it, or put that folder on PYTHONPATH."
         )
-    places = [*(spec.submodule_search_locations or ())]
+    paths = [*(spec.submodule_search_locations or ())]
     if spec.has_location and spec.origin:
-        places.append(spec.origin)
-    for place in places:
-        _refuse_inside(Path(place), folder, name)
+        paths.append(spec.origin)
+    for path in paths:
+        _refuse_inside(Path(path), folder, name)
     with importing(name):
         importlib.import_module(module)
 

@@ -270,9 +270,9 @@ def read_test_rows(prepared: PreparedData, source: TableLike, *, name: str = "")
     """
     config = prepared.config
     encoder = prepared.encoder
-    where = "the test set"
+    location = "the test set"
     if isinstance(source, (str, os.PathLike)):
-        where = os.fspath(source)
+        location = os.fspath(source)
     table = source
     if isinstance(source, str) and source.startswith(BIGQUERY):
         table = _read_bigquery(source, config.data)
@@ -300,8 +300,8 @@ def read_test_rows(prepared: PreparedData, source: TableLike, *, name: str = "")
     return with_test_rows(
         prepared,
         kept.interactions,
-        name=name or _name_of(where),
-        source=where,
+        name=name or _name_of(location),
+        source=location,
         notes=tuple(notes),
     )
 

@@ -286,29 +286,29 @@ def hostile_bodies(bodies: Mapping[str, Any], count: int, seed: int = 0) -> Iter
 
 def _spoil(body: Any, rng: np.random.Generator) -> None:
     """Puts a hostile value, or name, somewhere into a body."""
-    place = body
+    node = body
     while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        keys = list(node) if isinstance(node, dict) else list(range(len(node)))
         if not keys:
             return
         key = keys[int(rng.integers(len(keys)))]
-        if isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.7:
-            place = place[key]
+        if isinstance(node[key], (dict, list)) and node[key] and rng.random() < 0.7:
+            node = node[key]
             continue
         break
     value = copy.deepcopy(HOSTILE_VALUES[int(rng.integers(len(HOSTILE_VALUES)))])
-    if isinstance(place, dict) and rng.random() < 0.1:
-        place[f"{key}x"] = value
-    elif isinstance(place, list) and rng.random() < 0.2:
-        place += [value] * int(rng.choice([1, 2_000]))
+    if isinstance(node, dict) and rng.random() < 0.1:
+        node[f"{key}x"] = value
+    elif isinstance(node, list) and rng.random() < 0.2:
+        node += [value] * int(rng.choice([1, 2_000]))
     else:
-        place[key] = value
+        node[key] = value
 
 
 def _flip_bytes(text: bytes, rng: np.random.Generator) -> bytes:
     changed = bytearray(text)
-    for place in rng.integers(len(changed), size=3).tolist():
-        changed[place] = int(rng.integers(256))
+    for position in rng.integers(len(changed), size=3).tolist():
+        changed[position] = int(rng.integers(256))
     return bytes(changed)
 
 

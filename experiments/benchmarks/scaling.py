@@ -182,9 +182,9 @@ def compiled(setting: Setting, mesh: Mesh, *, steps: int = 0, dtype: str = "floa
     trainer, group = trainer_of(setting, dtype), device_group(mesh)
     state = abstract_state(trainer, mesh)
     specs, split = state_specs(state), PartitionSpec(None, *SHARDED) if steps else SHARDED
-    shape, place = (steps, setting.batch) if steps else (setting.batch,), shardings(mesh, split)
+    shape, sharding = (steps, setting.batch) if steps else (setting.batch,), shardings(mesh, split)
     ids, weight = (
-        jax.ShapeDtypeStruct(shape, dtype, sharding=place) for dtype in ("int32", "float32")
+        jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for dtype in ("int32", "float32")
     )
     features = {f"{side}_features": {"id": ids} for side in ("user", "item")}
     batch = {"user": ids, "item": ids, "weight": weight, "labels": {}} | features

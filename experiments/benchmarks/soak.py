@@ -404,15 +404,15 @@ def regroup(scratch: Path, logs: Path) -> None:
     with Training(whole, logs, (4,), log_every=1, steps=_FEW, options=options) as training:
         assert training.wait() == [0], training.said()
     workdir = scratch / "several"
-    for place, devices in enumerate(_GROUPS):
+    for stage, devices in enumerate(_GROUPS):
         begun = (saved_steps(workdir) or [0])[-1]
         several = Training(workdir, logs, devices, log_every=1, steps=_FEW, options=options)
         with several as training:
-            if place < len(_GROUPS) - 1:
-                training.wait_for_step(_FEW * (place + 1) // len(_GROUPS))
+            if stage < len(_GROUPS) - 1:
+                training.wait_for_step(_FEW * (stage + 1) // len(_GROUPS))
                 training.processes[-1].terminate()
             statuses = training.wait()
-            expected = os.EX_TEMPFAIL if place < len(_GROUPS) - 1 else 0
+            expected = os.EX_TEMPFAIL if stage < len(_GROUPS) - 1 else 0
             assert set(statuses) == {expected}, training.said()
             print(f"{len(devices)} processes: {statuses}, {saved_steps(workdir)[-1]}", flush=True)
             counts = re.findall(r"This process read ([\d,]+) examples", training.said())

@@ -179,16 +179,16 @@ def _steps(prepared: PreparedData, config: Config, name: str, stream: Stream) ->
         batches = make_batches(prepared, training)
     mesh = make_mesh()
     state = [init_on(mesh, trainer, count_rows(prepared))]
-    place = [0]
+    position = [0]
     with open_steps(trainer, batches, prepared, mesh, UNWATCHED, 0, 0) as run_steps:
 
         def run(steps: int) -> None:
-            end = place[0] + steps
-            while place[0] < end:
+            end = position[0] + steps
+            while position[0] < end:
                 # As many in a dispatch as `fit` would take.
-                most = end - place[0]
-                state[0], _, count = run_steps(state[0], place[0], most)
-                place[0] += count
+                most = end - position[0]
+                state[0], _, count = run_steps(state[0], position[0], most)
+                position[0] += count
             jax.block_until_ready(state[0])
 
         yield run

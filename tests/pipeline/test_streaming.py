@@ -113,14 +113,14 @@ def test_histories_one_after_the_other_are_those_of_the_log(tmp_path):
     # The one batch has room in the usual places, the other takes twice as many.
     places = int(lengths.min())
     assert places < lengths.max() <= 2 * places
-    loaded = stream.load_parts(positions, places=places, batches=2, parts=3)
+    loaded = stream.load_parts(positions, event_capacity=places, batches=2, parts=3)
     for batch, own, most in zip(loaded, np.split(numbers, 2), lengths):
         gathered = []
         for part in np.split(own, 3):
             size = places * (1 + (most > places))
             gathered.append(examples.gather_spans(examples.data, part, size))
         jax.tree.map(np.testing.assert_array_equal, batch, join_parts(gathered))
-    options = {"part": slice(0, 6), "places": places, "devices": 3}
+    options = {"part": slice(0, 6), "event_capacity": places, "devices": 3}
     with stream.batches(0, 2, **options) as read:
         jax.tree.map(np.testing.assert_array_equal, list(read), loaded)
 

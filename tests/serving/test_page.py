@@ -105,7 +105,7 @@ def site(retriever, thinned, tmp_path_factory):
     """The address of a server of two versions."""
     app = make_app(retriever, tmp_path_factory.mktemp("site"), limits=Limits())
     other = Answers(Retriever.load(thinned))
-    place = versions.place_of(other.retriever, "thinned")
+    place = versions.location_of(other.retriever, "thinned")
     app.versions.add(other)
     app.versions.apply(routing.add(app.versions.state, other.version, place))
     with serving(app) as address:
@@ -117,7 +117,7 @@ def arabic(served, tmp_path_factory):
     """The retriever of the same bundle, with titles in Arabic alone."""
     folder = tmp_path_factory.mktemp("arabic") / "bundle"
     shutil.copytree(served, folder)
-    version = versions.place_of(Retriever.load(folder)).files
+    version = versions.location_of(Retriever.load(folder)).files
     path = Path(version) / "items.parquet"
     items = pq.read_table(path)
     titles = items["title_ar"]

@@ -14,7 +14,7 @@ from twotower.serving.processes.links import Handed, News
 from twotower.serving.processes.member import Member
 from twotower.serving.processes.supervisor import Supervisor
 from twotower.serving.versions import routing
-from twotower.serving.versions.routing import Place
+from twotower.serving.versions.routing import Location
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_a_process_that_cannot_load_a_version_tells_the_writer(retriever, tmp_pa
     member = Member(tmp_path, 1, 2, None, is_early=True)
     app = make_app(retriever, tmp_path, member=member)
     member._served = app
-    missing = Place("gone", str(tmp_path / "gone"), str(tmp_path / "gone"))
+    missing = Location("gone", str(tmp_path / "gone"), str(tmp_path / "gone"))
     state = routing.add(app.versions.state, "gone", missing)
     reply = asyncio.run(member._answer(News(state)))
     assert reply.problem is not None and "'gone' cannot be loaded" in reply.problem.detail

@@ -16,12 +16,12 @@ from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.limits import Limits
 from twotower.serving.versions import routing
-from twotower.serving.versions.routing import Place, Routing, State
-from twotower.serving.versions.versions import Versions, load, place_of
+from twotower.serving.versions.routing import Location, Routing, State
+from twotower.serving.versions.versions import Versions, load, location_of
 
 TOKENS = {"admin": "a token for everything"}
 HEADERS = {"x-api-key": TOKENS["admin"]}
-STATE = State(0, {v: Place(f"bundle-{v}", v, v) for v in "abc"}, Routing("a"))
+STATE = State(0, {v: Location(f"bundle-{v}", v, v) for v in "abc"}, Routing("a"))
 
 
 def test_a_user_stays_with_a_version_and_shares_are_kept():
@@ -60,12 +60,12 @@ def test_a_roll_back_goes_to_what_was_before_and_back_again():
 
 def test_a_new_export_stands_where_the_old_one_stood():
     state = routing.split(STATE, {"a": 1, "b": 1}, {"7": "a"}, "")
-    after = routing.supersede(state, "a", "d", Place("bundle-a", "a", "d"))
+    after = routing.supersede(state, "a", "d", Location("bundle-a", "a", "d"))
     assert after.routing == Routing("d", {"d": 0.5, "b": 0.5}, {"7": "d"})
-    assert after.find("bundle-a") == "d" and set(after.places) == set("abcd")
+    assert after.find("bundle-a") == "d" and set(after.locations) == set("abcd")
     # The one before the one before is needed by nobody.
-    last = routing.supersede(after, "d", "e", Place("bundle-a", "a", "e"))
-    assert set(last.places) == set("bcde")
+    last = routing.supersede(after, "d", "e", Location("bundle-a", "a", "e"))
+    assert set(last.locations) == set("bcde")
     assert last.number > after.number > state.number
 
 
@@ -195,7 +195,7 @@ def test_a_new_export_is_taken_up_and_the_one_before_gone_back_to(copied, tmp_pa
     assert not Retriever.load(copied).has_item("i-new")
     # Another process of the server that holds the old one too hears of its changes.
     assert ask(app, "PUT", "/v1/items/i-late", {"columns": {}}, headers=HEADERS).status_code == 200
-    twin = load(app.versions.state.places[old.version], Answers).retriever
+    twin = load(app.versions.state.locations[old.version], Answers).retriever
     assert app.writer._aside is not None
     twin.detach(app.writer._aside / f"{old.version}.changes")
     twin.follow()
@@ -225,7 +225,7 @@ def test_a_new_export_in_a_bucket_is_taken_up(served, thinned, tmp_path, monkeyp
     assert app.answers.version == Answers(Retriever.load(thinned)).version != old.version
     # What the server keeps does not lie in the copy, whose old versions are deleted.
     assert app.writer._log.path.parent == folder.parent
-    assert [place.name for place in app.versions.state.places.values()] == ["shop", "shop"]
+    assert [place.name for place in app.versions.state.locations.values()] == ["shop", "shop"]
     # A bucket that is away is looked into again later.
     shutil.rmtree(bucket)
     app.admin._next_look = 0.0
@@ -264,7 +264,7 @@ def test_a_version_that_was_added_is_told_of_when_a_state_has_it(retriever, thin
     other = Answers(Retriever.load(thinned))
     versions.add(other)
     assert len(versions.list().versions) == 1
-    place = place_of(other.retriever)
+    place = location_of(other.retriever)
     versions.apply(routing.add(versions.state, other.version, place))
     assert len(versions.list().versions) == 2
 
@@ -292,7 +292,7 @@ def test_a_state_that_cannot_be_taken_up_is_tried_once(retriever, tmp_path, monk
         raise MemoryError
 
     monkeypatch.setattr(app.admin, "_load", load)
-    state = routing.add(app.versions.state, "x", Place("x", "x", "x"))
+    state = routing.add(app.versions.state, "x", Location("x", "x", "x"))
     with pytest.raises(MemoryError):
         asyncio.run(app.admin.reconcile(state))
     asyncio.run(app.admin.reconcile(state))

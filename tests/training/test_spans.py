@@ -51,14 +51,14 @@ def prepared_with_history():
     return prepare(config)
 
 
-def run_steps(prepared, devices, monkeypatch, places=None, source="resident"):
-    """The losses of some steps, the state after them, and the places of each program."""
+def run_steps(prepared, devices, monkeypatch, event_capacity=None, source="resident"):
+    """The losses of some steps, the state after them, and the event_capacity of each program."""
     trainer = build_trainer(prepared, prepared.config)
     mesh = make_mesh(devices)
     training = dataclasses.replace(prepared.config.training, input=source)
     batches = loop.make_batches(prepared, training)
-    if places is not None:
-        monkeypatch.setattr(Batches, "span_places", lambda self, size: places)
+    if event_capacity is not None:
+        monkeypatch.setattr(Batches, "span_capacity", lambda self, size: event_capacity)
     used = []
     gather_spans = Batches.gather_spans
 
@@ -79,21 +79,24 @@ def run_steps(prepared, devices, monkeypatch, places=None, source="resident"):
 @functools.cache
 def steps_of_windows():
     with pytest.MonkeyPatch.context() as patch:
-        losses, weights, used = run_steps(prepared_with_history(), 1, patch, places=0)
+        losses, weights, used = run_steps(prepared_with_history(), 1, patch, event_capacity=0)
     assert not used
     return losses, weights
 
 
-# On one device a batch holds more events than the first program has places: none is lost.
+# On one device a batch holds more events than the first program has event_capacity: none is lost.
 @pytest.mark.parametrize(
-    "devices, places, source", [(1, 1024, "resident"), (8, 640, "resident"), (8, 640, "host")]
+    "devices, event_capacity, source",
+    [(1, 1024, "resident"), (8, 640, "resident"), (8, 640, "host")],
 )
-def test_steps_of_spans_are_those_of_windows(devices, places, source, monkeypatch):
+def test_steps_of_spans_are_those_of_windows(devices, event_capacity, source, monkeypatch):
     expected_losses, expected = steps_of_windows()
-    losses, weights, used = run_steps(prepared_with_history(), devices, monkeypatch, places, source)
+    losses, weights, used = run_steps(
+        prepared_with_history(), devices, monkeypatch, event_capacity, source
+    )
     # One shape, of fewer places than windows have.
     assert len(set(used)) == 1 and used[0] <= BATCH // devices * LENGTH
-    assert devices > 1 or used[0] == 2 * places
+    assert devices > 1 or used[0] == 2 * event_capacity
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), weights, expected
@@ -105,10 +108,10 @@ def test_places_are_for_nearly_every_batch_and_none_where_little_is_saved():
     batches = loop.make_batches(prepared, prepared.config.training)
     spans = prepared.train.context[SPANS]
     lengths = spans[:, 1] - spans[:, 0]
-    places = batches.span_places(BATCH)
-    assert BATCH * lengths.mean() < places <= BATCH * LENGTH / 2
+    event_capacity = batches.span_capacity(BATCH)
+    assert BATCH * lengths.mean() < event_capacity <= BATCH * LENGTH / 2
     held = [batches.num_events(batches.indices(step), 1) for step in range(50)]
-    assert max(held) <= places
+    assert max(held) <= event_capacity
     assert batches.num_events(batches.indices(0), 8) < held[0]
     # Of a few rows the longest histories decide.
-    assert batches.span_places(4) == 0
+    assert batches.span_capacity(4) == 0

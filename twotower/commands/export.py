@@ -116,7 +116,7 @@ def main() -> None:
     folder = bundle.folder or run.workdir / api.BUNDLE
     print(format_bundle(bundle, folder))
     # The bundle of a baseline is none of the run's own, which --workdir would serve.
-    where = f"--bundle={folder}" if _BASELINE.value else f"--workdir={run.workdir}"
-    print(f"To look at it: twotower serve {where}, and open http://127.0.0.1:8000.")
+    served = f"--bundle={folder}" if _BASELINE.value else f"--workdir={run.workdir}"
+    print(f"To look at it: twotower serve {served}, and open http://127.0.0.1:8000.")
     if plot is not None:
         print(save_plot(bundle.index, plot))

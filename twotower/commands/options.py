@@ -90,13 +90,13 @@ def read_sections() -> list[Section]:
         # By dataclass: the towers of users and items have the same options, which are told once.
         names.setdefault(cls, []).append(name)
     sections = []
-    for cls, places in names.items():
-        options = _read_options(cls, places[0])
+    for cls, sections_of_class in names.items():
+        options = _read_options(cls, sections_of_class[0])
         # The whole configuration has none of its own, unless an option lies beside its sections.
         if options:
             summary, _, _ = (inspect.getdoc(cls) or "").partition("\n\n")
             summary = " ".join(summary.split())
-            sections.append(Section(tuple(places), summary, options))
+            sections.append(Section(tuple(sections_of_class), summary, options))
     return sections
 
 

@@ -223,12 +223,12 @@ def convert_rows(column: pa.ChunkedArray, convert: Convert, problem: str) -> pa.
     raise BadValue(column[low].as_py(), problem, low)
 
 
-def read_value(convert: Callable[[Any], Any], value: Any, place: str) -> Any:
+def read_value(convert: Callable[[Any], Any], value: Any, location: str) -> Any:
     """Returns a single value converted, or refuses it with its place."""
     try:
         return convert(value)
     except BadValue as error:
-        raise ConfigError(f"{place}: {echo(value)} {error.problem}.") from None
+        raise ConfigError(f"{location}: {echo(value)} {error.problem}.") from None
 
 
 def members_of(values: Any, what: str) -> Iterable[Any]:

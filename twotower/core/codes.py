@@ -179,13 +179,13 @@ def _encode_dense(numbers: pa.ChunkedArray) -> pa.DictionaryArray | None:
     span = bounds["max"] - low + 1
     if span > max(len(numbers), _SMALL_TABLE):
         return None
-    places = (numbers.to_numpy() - low).astype(index_type(span))
-    first = _first_rows(places, span)
-    found = np.flatnonzero(first < len(places))
+    offsets = (numbers.to_numpy() - low).astype(index_type(span))
+    first = _first_rows(offsets, span)
+    found = np.flatnonzero(first < len(offsets))
     found = found[np.argsort(first[found])]
-    code_of_place = np.empty(span, np.int32)
-    code_of_place[found] = np.arange(len(found), dtype=np.int32)
-    return pa.DictionaryArray.from_arrays(code_of_place[places], pa.array(found + low))
+    code_of_offset = np.empty(span, np.int32)
+    code_of_offset[found] = np.arange(len(found), dtype=np.int32)
+    return pa.DictionaryArray.from_arrays(code_of_offset[offsets], pa.array(found + low))
 
 
 def _first_rows(codes: np.ndarray, count: int) -> np.ndarray:

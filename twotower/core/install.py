@@ -55,8 +55,8 @@ def install_line(extra: str) -> str:
     if root is None:
         return f"pip install 'twotower[{extra}]'"
     # From another folder, "." would be another project.
-    place = "." if _is_in_checkout() else root
-    return f"pip install -e '{place}[{extra}]'"
+    folder = "." if _is_in_checkout() else root
+    return f"pip install -e '{folder}[{extra}]'"
 
 
 @contextlib.contextmanager

@@ -39,13 +39,13 @@ class Dropped:
         reason: End of a sentence that begins with "3 of 10 rows", such as "without user_id".
         rows: Number of rows that were left out.
         total: Number of rows before.
-        places: Files and lines of the first of them, where these are known.
+        locations: Files and lines of the first of them, where these are known.
     """
 
     reason: str
     rows: int
     total: int
-    places: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -188,8 +188,8 @@ def format_share(count: int, total: int) -> str:
 def _describe_dropped(dropped: Dropped) -> str:
     share = format_share(dropped.rows, dropped.total)
     words = f"{dropped.rows:,} of {dropped.total:,} rows ({share}) {dropped.reason}"
-    if dropped.places:
-        words += f", such as {dropped.places[0]}"
+    if dropped.locations:
+        words += f", such as {dropped.locations[0]}"
     return words
 
 

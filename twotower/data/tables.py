@@ -57,7 +57,7 @@ class Origin:
         missing_words: Function from a column of the source to the words in it that were taken for
             missing values, each with its number.
         skipped: Number of rows that were left out, as they had other fields than the header.
-        skipped_places: Files and lines of the first of these.
+        skipped_locations: Files and lines of the first of these.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Origin:
     is_ordered: bool = True
     missing_words: Callable[[str], Mapping[str, int]] = lambda column: {}
     skipped: int = 0
-    skipped_places: tuple[str, ...] = ()
+    skipped_locations: tuple[str, ...] = ()
 
 
 def keys_of(name: str) -> tuple[str, ...]:
@@ -140,13 +140,13 @@ class RawTable:
             field: Name of what reads the column; empty for the table itself.
         """
         source = self.config.columns.get(column, column)
-        place = self.origin.name
+        location = self.origin.name
         shown = ""
         if error.row is not None:
-            place = self.origin.describe_row(error.row)
+            location = self.origin.describe_row(error.row)
             shown = f": {error.value!r}"
         begin = f"{field}: {self.name}" if field else self.name
-        return ConfigError(f"{begin}: {place}, column {source!r}{shown} {error.problem}.")
+        return ConfigError(f"{begin}: {location}, column {source!r}{shown} {error.problem}.")
 
 
 def read_tables(

@@ -142,7 +142,7 @@ def as_seconds(
     try:
         seconds = form.column(column)
     except BadValue as error:
-        place = "" if error.row is None else f"{error.value!r} in row {error.row + 1} "
-        raise ConfigError(f"{location}: {place}{error.problem}.") from None
+        found = "" if error.row is None else f"{error.value!r} in row {error.row + 1} "
+        raise ConfigError(f"{location}: {found}{error.problem}.") from None
     missing = pc.is_null(seconds).to_numpy()
     return pc.fill_null(seconds, 0).to_numpy(), missing

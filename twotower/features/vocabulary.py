@@ -325,8 +325,8 @@ class Vocabulary:
         rows = self._oov_rows_by(hashes).tolist()
         if not len(self.values):
             return rows
-        places = np.searchsorted(self._hash_index.hashes, hashes)
-        nearest = self._hash_index.order.take(places, mode="clip")
+        positions = np.searchsorted(self._hash_index.hashes, hashes)
+        nearest = self._hash_index.order.take(positions, mode="clip")
         # An unknown value can have the hash of a known one.
         known = self._read_texts(nearest.tolist())
         found = zip(texts, known, nearest.tolist(), rows)

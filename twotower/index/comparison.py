@@ -80,7 +80,7 @@ def fastest_index(
         return best if is_whole else make(builds[0], vectors)
     # By place among the results; the first is added with the first that it is compared with.
     results: list[Comparison] = []
-    best_place = 0
+    best_position = 0
     for build in builds[1:]:
         # Where the first build gave way to this kind.
         if build == build_of(best):
@@ -95,9 +95,9 @@ def fastest_index(
         results.append(_comparison(other, theirs, optimize_for))
         if ours > min_gain * theirs:
             best = other
-            best_place = len(results) - 1
+            best_position = len(results) - 1
     if results:
-        results[best_place] = dataclasses.replace(results[best_place], chosen=True)
+        results[best_position] = dataclasses.replace(results[best_position], chosen=True)
     chosen = build_of(best) or builds[0]
     logging.info("%s is taken.", chosen)
     index: Index = best

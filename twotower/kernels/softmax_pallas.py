@@ -386,7 +386,7 @@ def _call(
     def specs(trees: tuple, length: int, axis: int) -> tuple:
         def spec(x: jax.Array) -> pl.BlockSpec:
             rest = (0,) * (x.ndim - 1)
-            return pl.BlockSpec((length, *x.shape[1:]), lambda *place: (place[axis], *rest))
+            return pl.BlockSpec((length, *x.shape[1:]), lambda *block: (block[axis], *rest))
 
         return jax.tree.map(spec, trees)
 

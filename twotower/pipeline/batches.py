@@ -174,10 +174,10 @@ class InteractionExamples:
         """Returns the batch with its histories one after the other; see `flat_events`."""
         return gather_rows(data, index, history_length=self._history_length, num_events=num_events)
 
-    def span_places(self, size: int) -> int:
+    def span_capacity(self, size: int) -> int:
         """Returns the places M for the events of nearly every batch of a size; see
-        `span_places`."""
-        return span_places(self.data["context"].get(SPANS), size, self._history_length)
+        `span_capacity`."""
+        return span_capacity(self.data["context"].get(SPANS), size, self._history_length)
 
     def span_lengths(self, index: np.ndarray) -> np.ndarray:
         """Returns the numbers of events in the histories of some rows, int [B]."""
@@ -185,7 +185,7 @@ class InteractionExamples:
         return spans[:, 1] - spans[:, 0]
 
 
-def span_places(spans: np.ndarray | None, size: int, history_length: int) -> int:
+def span_capacity(spans: np.ndarray | None, size: int, history_length: int) -> int:
     """Returns the places M for the events of nearly every batch of a size; 0 where windows of L
     events each take hardly more, or where there are no histories.
 
@@ -208,17 +208,17 @@ def span_places(spans: np.ndarray | None, size: int, history_length: int) -> int
     variance = max(0.0, total_of_squares / len(spans) - mean**2)
     # Six standard deviations: hardly any batch of a training holds more.
     enough = size * mean + 6 * np.sqrt(size * variance)
-    places = round_up(int(enough) + 1, SPAN_MULTIPLE)
+    event_capacity = round_up(int(enough) + 1, SPAN_MULTIPLE)
     # Below half of the windows: what spans save must outweigh what it takes to tell their rows
     # apart.
-    return places if 2 * places <= size * history_length else 0
+    return event_capacity if 2 * event_capacity <= size * history_length else 0
 
 
-def enough_places(places: int, num_events: int) -> int:
+def enough_capacity(event_capacity: int, num_events: int) -> int:
     """Returns the places of the program for a batch: hardly ever more than the usual ones."""
-    while places < num_events:
-        places *= 2
-    return places
+    while event_capacity < num_events:
+        event_capacity *= 2
+    return event_capacity
 
 
 def gather_rows(
@@ -300,12 +300,12 @@ def flat_events(
     xp = np if isinstance(spans, np.ndarray) else jnp
     lengths = spans[:, 1] - spans[:, 0]
     ends = xp.cumsum(lengths, dtype=np.int32)
-    place = xp.arange(size, dtype=np.int32)
+    position = xp.arange(size, dtype=np.int32)
     # Places after the last event belong to the last row, as padding.
-    row = xp.minimum(xp.searchsorted(ends, place, side="right"), len(spans) - 1)
+    row = xp.minimum(xp.searchsorted(ends, position, side="right"), len(spans) - 1)
     row = row.astype(np.int32)
-    slot = place - (ends - lengths)[row]
-    valid = place < ends[-1]
+    slot = position - (ends - lengths)[row]
+    valid = position < ends[-1]
     arrays = read_events(events, reads, (spans[row, 0] + slot) * valid, valid, first=slot == 0)
     if HISTORY_TIME_TO_NEXT in arrays:
         latest = (slot == lengths[row] - 1) & valid
@@ -395,12 +395,12 @@ class Batches:
         """Returns the batch at `indices`, on the host or inside `jit`."""
         return self._examples.gather(data, indices)
 
-    def span_places(self, size: int) -> int:
+    def span_capacity(self, size: int) -> int:
         """Returns the places for the events of nearly every batch of a size, where its histories
-        are read as spans; 0 where they are not. See `InteractionExamples.span_places`."""
+        are read as spans; 0 where they are not. See `InteractionExamples.span_capacity`."""
         if not isinstance(self._examples, InteractionExamples):
             return 0
-        return self._examples.span_places(size)
+        return self._examples.span_capacity(size)
 
     def num_events(self, indices: np.ndarray, parts: int) -> int:
         """Returns the greatest number of events in the histories of a part of a batch.
@@ -419,20 +419,20 @@ class Batches:
         assert isinstance(self._examples, InteractionExamples), "sequences are not spans"
         return self._examples.gather_spans(data, indices, num_events)
 
-    def load(self, indices: np.ndarray, *, places: int = 0, parts: int = 1) -> Batch:
+    def load(self, indices: np.ndarray, *, event_capacity: int = 0, parts: int = 1) -> Batch:
         """Returns the batch at `indices`, gathered on the host.
 
         Args:
             indices: What `gather` takes, [B].
-            places: Places for the events of the histories of each part, one after the other; 0 for
-                a window of L events for each row.
+            event_capacity: Number of events that the histories of each part may have, one after the
+                other; 0 for a window of L events for each row.
             parts: Number of equal parts, those of devices, that the batch is divided into.
         """
-        if not places:
+        if not event_capacity:
             return self.gather(self._examples.data, indices)
         gathered = []
         for part in np.split(indices, parts):
-            gathered.append(self.gather_spans(self._examples.data, part, places))
+            gathered.append(self.gather_spans(self._examples.data, part, event_capacity))
         return join_parts(gathered)
 
     def _shuffle(self, number: int) -> np.ndarray:

@@ -131,9 +131,9 @@ class Histories:
             is_later[1:] = (user[1:] != user[:-1]) | ~same_time
         # Where each moment begins, as events of one moment do not know of each other.
         begin_of_moment = np.maximum.accumulate(np.where(is_later, np.arange(len(order)), 0))
-        place = np.empty(sum(map(len, users)), np.int64)
-        place[order] = np.arange(len(order))
-        own = place[first : first + len(users[number])]
+        rank = np.empty(sum(map(len, users)), np.int64)
+        rank[order] = np.arange(len(order))
+        own = rank[first : first + len(users[number])]
         offsets = self.offsets[level]
         row_times = np.nan
         if time is not None:

@@ -133,13 +133,13 @@ class Naming:
                 "{'buyer_id': 'user_id'}."
             )
 
-    def ours(self, theirs: Iterable[Any], known: Collection[str], place: str) -> dict[Any, str]:
+    def ours(self, theirs: Iterable[Any], known: Collection[str], location: str) -> dict[Any, str]:
         """Returns the names that something reads -> our names for them.
 
         Args:
             theirs: Names as the request has them.
             known: Our names.
-            place: Place of the names in messages.
+            location: Place of the names in messages.
 
         Raises:
             ConfigError: Nothing reads a name, or two names mean one column.
@@ -149,11 +149,11 @@ class Naming:
             ours = self._one(name)
             # Which of both is meant nobody can say.
             if ours in found.values():
-                raise ConfigError(f"{place}: two columns are {ours!r}: leave one out.")
+                raise ConfigError(f"{location}: two columns are {ours!r}: leave one out.")
             if ours in known:
                 found[name] = ours
             elif self.strict:
-                raise self._unknown(name, known, place)
+                raise self._unknown(name, known, location)
         return found
 
     def _one(self, name: Any) -> str:
@@ -161,10 +161,10 @@ class Naming:
             return str(name)
         return self.names.get(name, name)
 
-    def _unknown(self, name: Any, known: Collection[str], place: str) -> ConfigError:
+    def _unknown(self, name: Any, known: Collection[str], location: str) -> ConfigError:
         hint = did_you_mean(str(name), known)
         return ConfigError(
-            f"{place}: nothing reads {echo(name)}{hint} Known: {', '.join(known)}. "
+            f"{location}: nothing reads {echo(name)}{hint} Known: {', '.join(known)}. "
             f"names={{{echo(name)}: ...}} says which of these it is, and strict=False leaves it "
             "out."
         )
@@ -601,17 +601,18 @@ class HistoryColumn:
         if not is_ordered or getattr(history, "ndim", 1) != 1:
             kind = "string" if isinstance(history, str) else type(history).__name__
             raise self._no_history(kind, history)
-        place = f"rows, row {row + 1}, column {self.name!r}"
-        return [self._event(event, place) for event in history]
+        location = f"rows, row {row + 1}, column {self.name!r}"
+        return [self._event(event, location) for event in history]
 
-    def _event(self, event: Any, place: str) -> dict[str, Any]:
+    def _event(self, event: Any, location: str) -> dict[str, Any]:
         """Returns the fields of an event, of which a plain id is one."""
         if not isinstance(event, Mapping):
             return {"item_id": event}
-        names = self.naming.ours(event, EVENT_FIELDS, f"{place}, an event")
+        names = self.naming.ours(event, EVENT_FIELDS, f"{location}, an event")
         if "item_id" not in names.values():
             raise ConfigError(
-                f"{place}: an event has no item_id, but {', '.join(map(echo, event)) or 'nothing'}."
+                f"{location}: an event has no item_id, but "
+                f"{', '.join(map(echo, event)) or 'nothing'}."
             )
         return {ours: event[theirs] for theirs, ours in names.items()}
 
@@ -709,7 +710,7 @@ def _equal_columns(columns: Mapping[str, Any]) -> dict[Any, Values]:
     return lists
 
 
-def _as_array(values: Values, place: str) -> pa.ChunkedArray:
+def _as_array(values: Values, location: str) -> pa.ChunkedArray:
     """Returns the values of one column, of which Arrow finds the type.
 
     Raises:
@@ -730,7 +731,7 @@ def _as_array(values: Values, place: str) -> pa.ChunkedArray:
         problem = f"the values are of several types ({', '.join(kinds)}): make them one"
         if len(kinds) < 2:
             problem = f"no column has such values: {error}"
-    raise ConfigError(f"{place}: {problem}.")
+    raise ConfigError(f"{location}: {problem}.")
 
 
 def _convert(
@@ -741,11 +742,11 @@ def _convert(
         return convert(values)
     except BadValue as error:
         shown = "it"
-        place = f"rows, column {name!r}"
+        location = f"rows, column {name!r}"
         if error.row is not None:
-            place = f"rows, row {error.row + 1}, column {name!r}"
+            location = f"rows, row {error.row + 1}, column {name!r}"
             shown = echo(error.value)
-        raise ConfigError(f"{place}: {shown} {error.problem}.") from None
+        raise ConfigError(f"{location}: {shown} {error.problem}.") from None
 
 
 def _each(convert: Callable[[Any], Any], values: Iterable[Any], name: str) -> list[Any]:

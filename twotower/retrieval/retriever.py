@@ -1172,8 +1172,8 @@ class Retriever:
                 for name in first[0]
             }
             vectors = self.bundle.towers.embed("user", batch)
-            for place, (number, (_, user_rows, history)) in enumerate(read.items()):
-                users[number] = EncodedUser(vectors[place : place + 1], user_rows, history)
+            for row, (number, (_, user_rows, history)) in enumerate(read.items()):
+                users[number] = EncodedUser(vectors[row : row + 1], user_rows, history)
         return [user for user in users if user is not None]
 
     def _read_request(

@@ -477,9 +477,9 @@ class Answers:
         placed = make_list(self.retriever, search, shape)[request.offset :]
         columns = self._columns_of(request)
         items = []
-        for place in placed:
-            source = _SOURCES.get(place.by, made.source)
-            item = place.item
+        for entry in placed:
+            source = _SOURCES.get(entry.by, made.source)
+            item = entry.item
             display = item.display
             if columns is not None:
                 display = {name: display[name] for name in columns}
@@ -489,8 +489,8 @@ class Answers:
                     item.score,
                     source,
                     display,
-                    propensity=place.propensity,
-                    best=place.is_best,
+                    propensity=entry.propensity,
+                    best=entry.is_best,
                 )
             )
         if request.reasons:
@@ -498,7 +498,7 @@ class Answers:
         # The first search has the conditions of the request alone; those of boosts and promotions
         # may well find nothing.
         note = notes[0]
-        if any(place.is_behind for place in placed):
+        if any(entry.is_behind for entry in placed):
             note = f"{note} {_BEHIND}".lstrip()
         return Answer(self._new_id(), self.version, items, made.known, note)
 

@@ -202,13 +202,13 @@ def _trials(sweep: Sweep) -> Section:
     return Section("all", "All configurations", count_line(sweep), blocks)
 
 
-def _by_state(trials: Sequence[Tried], place: Callable[[Tried], float]) -> list[Points]:
+def _by_state(trials: Sequence[Tried], position_of: Callable[[Tried], float]) -> list[Points]:
     """Returns a group of points for trials that were finished, and one for those that were not."""
     groups = []
     for state in ("finished", "pruned"):
         # A metric may be NaN where nothing could be ranked, which has no place in a chart.
         found = [trial for trial in trials if trial.state == state and math.isfinite(trial.value)]
         if found:
-            across = [place(trial) for trial in found]
+            across = [position_of(trial) for trial in found]
             groups.append(Points(state, across, [trial.value for trial in found]))
     return groups

@@ -111,21 +111,21 @@ def read_space(source: Path | str | Mapping[str, Any], config: Config) -> Space:
             value cannot be used.
     """
     # A mapping was given in Python: there is no flag or file to name.
-    where = "space"
+    location = "space"
     if not isinstance(source, Mapping):
-        where = f"--space={source}"
-        source = _read_file(Path(source), where)
+        location = f"--space={source}"
+        source = _read_file(Path(source), location)
     if not source:
         raise ConfigError(
-            f'{where} names no option, such as {{"training.batch_size": [512, 1024]}}.'
+            f'{location} names no option, such as {{"training.batch_size": [512, 1024]}}.'
         )
     space: dict[str, Range | Choices] = {}
     # As the flags of every command write them, "config." may stand before the names.
     source = {str(name).removeprefix("config."): values for name, values in source.items()}
     for name, values in source.items():
         # Before its values: what may not be swept needs no valid range.
-        _check_name(name, list(source), where)
-        space[name] = _read_entry(name, values, f"{where}: {name}", config)
+        _check_name(name, list(source), location)
+        space[name] = _read_entry(name, values, f"{location}: {name}", config)
     return space
 
 
@@ -187,9 +187,9 @@ def describe_edges(space: Space, options: Mapping[str, Any]) -> list[str]:
     return sentences
 
 
-def _read_file(path: Path, where: str) -> Mapping[str, Any]:
+def _read_file(path: Path, location: str) -> Mapping[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"{where}: there is no such file. Give a JSON file or a Python one.")
+        raise ConfigError(f"{location}: there is no such file. Give a JSON file or a Python one.")
     # Run by its path and not imported: a space lies beside its sweep and in no package.
     if path.suffix == ".py":
         found = runpy.run_path(str(path)).get("SPACE")
@@ -197,31 +197,32 @@ def _read_file(path: Path, where: str) -> Mapping[str, Any]:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise ConfigError(f"{where} is no JSON: {error}.") from None
+            raise ConfigError(f"{location} is no JSON: {error}.") from None
     if not isinstance(found, Mapping):
         what = "SPACE" if path.suffix == ".py" else "the file"
         raise ConfigError(
-            f"{where}: {what} must be a mapping of options to ranges or lists, not {echo(found)}."
+            f"{location}: {what} must be a mapping of options to ranges or lists, "
+            f"not {echo(found)}."
         )
     return found
 
 
-def _check_name(name: str, names: Sequence[str], where: str) -> None:
+def _check_name(name: str, names: Sequence[str], location: str) -> None:
     for fixed, why in FIXED.items():
         if name == fixed or name.startswith(f"{fixed}."):
-            raise ConfigError(f"{where}: {name} cannot be swept: {why}.")
+            raise ConfigError(f"{location}: {name} cannot be swept: {why}.")
     # Whichever was set last would win, and the trial would say that both were.
     for other in names:
         if other.startswith(f"{name}."):
             raise ConfigError(
-                f"{where}: {other} is an option of {name}, which is swept too. Name one of them."
+                f"{location}: {other} is an option of {name}, which is swept too. Name one of them."
             )
 
 
-def _read_entry(name: str, values: Any, where: str, config: Config) -> Range | Choices:
+def _read_entry(name: str, values: Any, location: str, config: Config) -> Range | Choices:
     # A mapping is always a range: a choice that is a mapping stands in a list.
     if isinstance(values, Mapping):
-        entry: Range | Choices = _read_range(name, values, where)
+        entry: Range | Choices = _read_range(name, values, location)
         # What holds for both ends holds between them: options are bounded, if at all, by an
         # interval.
         tried = [entry.low, entry.high]
@@ -229,12 +230,12 @@ def _read_entry(name: str, values: Any, where: str, config: Config) -> Range | C
             tried = [int(end) for end in tried]
     elif isinstance(values, (list, tuple)):
         if not values:
-            raise ConfigError(f"{where} has no choice.")
+            raise ConfigError(f"{location} has no choice.")
         entry = Choices({_label(value): value for value in values})
         tried = list(values)
     else:
         raise ConfigError(
-            f"{where}={echo(values)} must be a list of choices, or a range such as "
+            f"{location}={echo(values)} must be a list of choices, or a range such as "
             '{"low": 1e-4, "high": 0.1, "log": true}.'
         )
     # A value that the configuration refuses is said now, not by the trial that draws it hours
@@ -243,32 +244,32 @@ def _read_entry(name: str, values: Any, where: str, config: Config) -> Range | C
         try:
             with_options(config, {name: value})
         except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            raise ConfigError(f"{location}: {error}") from None
     return entry
 
 
-def _read_range(name: str, values: Mapping[str, Any], where: str) -> Range:
+def _read_range(name: str, values: Mapping[str, Any], location: str) -> Range:
     known = ("low", "high", "log", "step")
     for key in values:
         if key not in known:
-            raise ConfigError(f"{where} has no {key!r}{did_you_mean(key, known)}")
+            raise ConfigError(f"{location} has no {key!r}{did_you_mean(key, known)}")
     for key in ("low", "high"):
         if not _is_number(values.get(key)):
-            raise ConfigError(f"{where}: {key}={echo(values.get(key))} must be a number.")
+            raise ConfigError(f"{location}: {key}={echo(values.get(key))} must be a number.")
     low = values["low"]
     high = values["high"]
     log = values.get("log", False)
     step = values.get("step")
     # Of equal ends nothing is drawn, and a share of their distance divides by 0.
     if not low < high:
-        raise ConfigError(f"{where}: low={low} must be below high={high}.")
+        raise ConfigError(f"{location}: low={low} must be below high={high}.")
     if not isinstance(log, bool):
-        raise ConfigError(f"{where}: log={echo(log)} must be true or false.")
+        raise ConfigError(f"{location}: log={echo(log)} must be true or false.")
     if log and low <= 0:
-        raise ConfigError(f"{where}: low={low} must be above 0 where log is true.")
+        raise ConfigError(f"{location}: low={low} must be above 0 where log is true.")
     # Optuna takes no step of values that it draws by their logarithms.
     if step is not None and (log or not _is_number(step) or step <= 0):
-        raise ConfigError(f"{where}: step={echo(step)} must be above 0, and goes without log.")
+        raise ConfigError(f"{location}: step={echo(step)} must be above 0, and goes without log.")
     # Of an option that takes any number, 1 to 10 are no ten numbers.
     whole = isinstance(low, int) and isinstance(high, int) and _type_of(name) is not float
     return Range(low, high, log, step, whole)

@@ -34,7 +34,7 @@ from twotower.core.mesh import (
     shard_map_if_needed,
     shardings,
 )
-from twotower.pipeline.batches import Batch, Batches, enough_places
+from twotower.pipeline.batches import Batch, Batches, enough_capacity
 from twotower.towers.two_tower import Weights
 from twotower.training.candidates import TrainingData, count_rows, step_constants
 from twotower.training.checkpoint import Checkpoints
@@ -277,20 +277,20 @@ def _log_input(config: TrainingConfig, batches: Batches | Stream) -> None:
     reason = f"config.training.input={config.input!r}"
     if not isinstance(batches, Batches):
         size = format_bytes(batches.shards.num_bytes)
-        where = f"are streamed from {len(batches.records):,} records, {size} in all"
+        rows_are = f"are streamed from {len(batches.records):,} records, {size} in all"
     elif batches.resident is not None:
-        where = f"lie on the device, {format_bytes(batches.num_bytes)}"
+        rows_are = f"lie on the device, {format_bytes(batches.num_bytes)}"
     else:
-        where = f"are gathered on the host from {format_bytes(batches.num_bytes)}"
+        rows_are = f"are gathered on the host from {format_bytes(batches.num_bytes)}"
     limit = f"config.training.resident_megabytes={config.resident_megabytes}"
-    if config.input == "auto" and where.startswith("lie"):
+    if config.input == "auto" and rows_are.startswith("lie"):
         reason = f"no more than {limit}"
     elif config.input == "auto":
         reason = (
             f"more than {limit}; for data beyond memory, or for several machines, "
             "config.training.input='stream' reads the part of each process alone"
         )
-    logging.info("The training examples %s: %s.", where, reason)
+    logging.info("The training examples %s: %s.", rows_are, reason)
 
 
 def check_run(
@@ -547,11 +547,11 @@ def open_steps(
     program = jit_steps(trainer, mesh, None, 1)
     parts = PartitionSpec(None, AXIS)
     number = put(mesh, np.int32(1), REPLICATED)
-    places = 0
+    event_capacity = 0
     # A process knows the events of its own part alone, and all processes run one shape: of several
     # each row has a window.
     if jax.process_count() == 1 and _reads_spans(trainer, mesh):
-        places = batches.records.span_places(config.batch_size // mesh.size)
+        event_capacity = batches.records.span_capacity(config.batch_size // mesh.size)
 
     def to_devices(batch: Batch) -> Any:
         first = jax.tree.map(lambda x: x[None], batch)
@@ -562,7 +562,7 @@ def open_steps(
         config.steps - start,
         part=process_part(mesh, config.batch_size),
         put=to_devices,
-        places=places,
+        event_capacity=event_capacity,
         devices=mesh.size,
     )
     try:
@@ -626,29 +626,34 @@ def compile_steps(
     if batches.resident is not None:
         resident = put(mesh, batches.resident, REPLICATED)
     constants = _constants(trainer, data, mesh, resident)
-    places = 0
+    event_capacity = 0
     if _reads_spans(trainer, mesh):
-        places = batches.span_places(config.batch_size // mesh.size)
+        event_capacity = batches.span_capacity(config.batch_size // mesh.size)
 
     @functools.cache
-    def program(places: int) -> Callable[..., tuple[TrainState, Metrics]]:
+    def program(event_capacity: int) -> Callable[..., tuple[TrainState, Metrics]]:
         gather = None
         if resident is not None:
             gather = batches.gather
-            if places:
-                gather = functools.partial(batches.gather_spans, num_events=places)
+            if event_capacity:
+                gather = functools.partial(batches.gather_spans, num_events=event_capacity)
         return jit_steps(trainer, mesh, gather, capacity)
 
-    def places_for(batch: np.ndarray) -> int:
-        return places and enough_places(places, batches.num_events(batch, mesh.size))
+    def capacity_for(batch: np.ndarray) -> int:
+        return event_capacity and enough_capacity(
+            event_capacity, batches.num_events(batch, mesh.size)
+        )
 
-    def to_devices(indices: list[np.ndarray], places: int) -> Any:
+    def to_devices(indices: list[np.ndarray], event_capacity: int) -> Any:
         if resident is not None:
             # Only indices move to the device, a few KiB a step.
             host = np.stack([batch[own] for batch in indices])
         else:
             devices = len(mesh.local_devices)
-            loaded = [batches.load(batch[own], places=places, parts=devices) for batch in indices]
+            loaded = [
+                batches.load(batch[own], event_capacity=event_capacity, parts=devices)
+                for batch in indices
+            ]
             host = jax.tree.map(lambda *x: np.stack(x), *loaded)
         return put_parts(mesh, host, parts, axis=1)
 
@@ -656,9 +661,9 @@ def compile_steps(
         with watch.during("input"):
             # A function of the step alone: a resumed run sees the batches that it would have seen.
             indices = [batches.indices(s) for s in range(step, step + min(most, capacity))]
-            enough = places_for(indices[0])
+            enough = capacity_for(indices[0])
             # In another program last bits may move: each step takes its own, in any company.
-            indices = list(itertools.takewhile(lambda x: places_for(x) == enough, indices))
+            indices = list(itertools.takewhile(lambda x: capacity_for(x) == enough, indices))
             count = len(indices)
             # One shape for any number of steps; those after `count` are not run.
             indices += indices[-1:] * (capacity - count)

@@ -93,8 +93,8 @@ def table_ids(rows: int, batch: int, batches: int = BATCHES) -> np.ndarray:
     used = min(rows, 100_000)
     drawn = np.random.default_rng(0).zipf(1.1, (batches, batch)) * 7919 % used
     # Apart by a random distance: rows at one distance would share few of the sets of a cache.
-    places = np.sort(np.random.default_rng(1).choice(rows, used, replace=False))
-    return np.maximum(places[drawn], 1)
+    used_rows = np.sort(np.random.default_rng(1).choice(rows, used, replace=False))
+    return np.maximum(used_rows[drawn], 1)
 
 
 def table_targets(batch: int) -> np.ndarray:

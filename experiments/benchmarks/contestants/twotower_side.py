@@ -181,11 +181,11 @@ def _fit(
     # that are not used.
     no_data: Any = None
     run_steps = compile_steps(trainer, batches, no_data, mesh)
-    place = itertools.count()
+    position = itertools.count()
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            step = next(place) * training.steps
+            step = next(position) * training.steps
             end = step + training.steps
             while step < end:
                 state[0], _, count = run_steps(state[0], step, end - step)
@@ -247,11 +247,11 @@ def _sequence_steps(length: int, batch: int, tuned: bool, dtype: str) -> Callabl
     batches = Batches(examples, batch_size=batch, seed=0, resident_megabytes=1000)
     mesh = make_mesh()
     state = [init_on(mesh, trainer, count_rows(prepared))]
-    run_steps, place = compile_steps(trainer, batches, prepared, mesh), itertools.count()
+    run_steps, position = compile_steps(trainer, batches, prepared, mesh), itertools.count()
 
     def run(repeats: int) -> None:
         for _ in range(repeats):
-            state[0], *_ = run_steps(state[0], next(place), 1)
+            state[0], *_ = run_steps(state[0], next(position), 1)
         jax.block_until_ready(state[0])
 
     return run

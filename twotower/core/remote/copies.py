@@ -188,7 +188,7 @@ def keep_bundle(address: str | os.PathLike[str]) -> Path:
         logging.info("Copying %s (%.1f MB) to %s.", bucket.address, size, home)
         with next_version(home) as copy:
             for each in objects:
-                target = _place_in(copy, each.name, version)
+                target = _path_in(copy, each.name, version)
                 if target is not None:
                     bucket.download(each.name, target)
             publish_version(copy)
@@ -212,7 +212,7 @@ def _record_of(home: Path) -> Path:
     return home.with_name(f"{home.name}.json")
 
 
-def _place_in(copy: Path, name: str, version: str) -> Path | None:
+def _path_in(copy: Path, name: str, version: str) -> Path | None:
     """Returns the file of an object in a version of a copy; None of one that it does without.
 
     Args:

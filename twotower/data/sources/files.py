@@ -110,7 +110,7 @@ def read_raw(
         is_typed=parts[0].kind != "csv",
         missing_words=files.missing_words,
         skipped=files.skipped,
-        skipped_places=files.skipped_places(),
+        skipped_locations=files.skipped_locations(),
     )
 
 
@@ -221,14 +221,14 @@ class Part:
         path: Path of the file.
         kind: Kind of its content.
         table: Its rows.
-        place: Function from the number of a row, from 0, to its place in the file.
+        locate: Function from the number of a row, from 0, to its place in the file.
         rows: Rows of a file of text, which know more of it; None of other kinds.
     """
 
     path: Path
     kind: Kind
     table: pa.Table
-    place: Callable[[int], str]
+    locate: Callable[[int], str]
     rows: delimited.Rows | None = None
 
 
@@ -320,14 +320,14 @@ class _Files:
                 words.update(part.rows.missing_words(column))
         return dict(words)
 
-    def skipped_places(self) -> tuple[str, ...]:
+    def skipped_locations(self) -> tuple[str, ...]:
         """Returns file and line of the first rows that were left out."""
-        places: list[str] = []
+        locations: list[str] = []
         for part in self._parts:
             if part.rows is not None:
-                lines = part.rows.skipped_lines(_SHOWN - len(places))
-                places += [f"{part.path}, line {line}" for line in lines]
-        return tuple(places)
+                lines = part.rows.skipped_lines(_SHOWN - len(locations))
+                locations += [f"{part.path}, line {line}" for line in lines]
+        return tuple(locations)
 
     def describe_row(self, row: int) -> str:
         """Returns the file and the place in it of a row counted from 0."""
@@ -337,7 +337,7 @@ class _Files:
         if file:
             first_row = int(self._ends[file - 1])
         part = self._parts[file]
-        return f"{part.path}, {part.place(row - first_row)}"
+        return f"{part.path}, {part.locate(row - first_row)}"
 
 
 def keep_data(paths: Iterable[Path], kind: Kind) -> list[Path]:
@@ -394,12 +394,12 @@ def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
             return _text_part(path, delimited.read(found, config, name))
         _refuse_options_of_text(found, config, name)
         if found.kind == "json":
-            table, place = json_files.read(found, config, name)
+            table, locate = json_files.read(found, config, name)
         else:
             table = _read_parquet(found, name)
-            place = _row
-        _check_text(table, found, name, place)
-        return Part(path, found.kind, table, place)
+            locate = _row
+        _check_text(table, found, name, locate)
+        return Part(path, found.kind, table, locate)
 
 
 def read_pieces(
@@ -437,9 +437,9 @@ def read_pieces(
                 first += file.metadata.row_group(before).num_rows
             for batch in file.iter_batches(_PIECE, row_groups=list(groups)):
                 table = pa.Table.from_batches([batch])
-                place = functools.partial(_row, first=first)
-                _check_text(table, found, name, place)
-                yield Part(path, "parquet", table, place)
+                locate = functools.partial(_row, first=first)
+                _check_text(table, found, name, locate)
+                yield Part(path, "parquet", table, locate)
                 first += len(table)
 
 
@@ -478,7 +478,7 @@ def _row(row: int, first: int = 0) -> str:
     return f"row {first + row + 1}"
 
 
-def _check_text(table: pa.Table, found: Content, name: str, place: Callable[[int], str]) -> None:
+def _check_text(table: pa.Table, found: Content, name: str, locate: Callable[[int], str]) -> None:
     """Refuses bytes that are no UTF-8 in columns of text, which writers of Parquet do not check."""
     for column in table.column_names:
         values = table[column]
@@ -491,7 +491,7 @@ def _check_text(table: pa.Table, found: Content, name: str, place: Callable[[int
             for row, value in enumerate(values.cast(pa.large_binary()).to_pylist()):
                 if value is not None and value.decode(errors="ignore").encode() != value:
                     raise ConfigError(
-                        f"{name}: {found.path}, {place(row)}, column {column!r}: {value!r} is no "
+                        f"{name}: {found.path}, {locate(row)}, column {column!r}: {value!r} is no "
                         "text in UTF-8."
                     ) from None
 

@@ -42,7 +42,7 @@ def read(content: Content, config: TableConfig, name: str) -> tuple[pa.Table, Ca
     encoding = marked_encoding(head) or "utf-8"
     text = head.decode(encoding, errors="replace").lstrip("\ufeff \r\n\t")
 
-    def place(row: int) -> str:
+    def locate(row: int) -> str:
         lines = _decode(content, encoding, name).splitlines()
         numbers = (number for number, line in enumerate(lines, 1) if line.strip())
         return f"line {next(itertools.islice(numbers, row, None))}"
@@ -51,11 +51,11 @@ def read(content: Content, config: TableConfig, name: str) -> tuple[pa.Table, Ca
         # Arrow's parser reads no other encoding.
         if encoding == "utf-8":
             try:
-                return _read_lines(content), place
+                return _read_lines(content), locate
             except pa.ArrowInvalid:
                 # A field of several types, or a bad line, which is told below.
                 pass
-        return _read_slowly(_decode(content, encoding, name), content, name), place
+        return _read_slowly(_decode(content, encoding, name), content, name), locate
     value = _load(_decode(content, encoding, name), content, name)
     table = _table_of(value, config)
     if table is None:

@@ -223,7 +223,7 @@ def skipped_rows(tables: Sequence[RawTable]) -> list[Dropped]:
             if raw.keys != KEYS:
                 reason = f"of {raw.name} {SKIPPED}"
             total = len(raw.rows) + count
-            notes.append(Dropped(reason, count, total, raw.origin.skipped_places))
+            notes.append(Dropped(reason, count, total, raw.origin.skipped_locations))
     return notes
 
 

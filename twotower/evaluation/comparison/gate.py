@@ -176,14 +176,14 @@ def default_thresholds(record: Record) -> list[Threshold]:
     return [Threshold(name, ALL, None) for name in names if name in record.values]
 
 
-def _of_part(content: Any, parts: Sequence[Part], record: Record, where: str) -> list[Threshold]:
+def _of_part(content: Any, parts: Sequence[Part], record: Record, prefix: str) -> list[Threshold]:
     thresholds = []
-    for metric, limits in _mapping(content, where or "the file").items():
+    for metric, limits in _mapping(content, prefix or "the file").items():
         # Beside the metrics in the file, and only there.
-        if metric == "slices" and not where:
+        if metric == "slices" and not prefix:
             continue
         choose(record.values, metric, "the metric of the thresholds")
-        name = f"{where}{metric}"
+        name = f"{prefix}{metric}"
         limits = _mapping(limits, name)
         for key in limits:
             choose({"tolerance": 0, "share": 0}, key, f"the key of {name}")
@@ -257,7 +257,7 @@ def judge(
 
 def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) -> list[Check]:
     """Returns every threshold, judged, in their order."""
-    asked = {part: (where, (standing, candidate)) for part, where in parts_of(standing)}
+    asked = {part: (prefix, (standing, candidate)) for part, prefix in parts_of(standing)}
     by_part: dict[Part, list[Threshold]] = {}
     for threshold in thresholds:
         by_part.setdefault(threshold.part, []).append(threshold)
@@ -265,13 +265,13 @@ def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) 
     for part, of_part in by_part.items():
         if part not in asked:
             asked |= _pairs_of(part.slice, standing, candidate)
-        where, pair = asked[part]
+        prefix, pair = asked[part]
         # Once each: a metric may have a tolerance twice, and one set of resamples serves a part.
         metrics = list(dict.fromkeys(threshold.metric for threshold in of_part))
-        found = {one.metric: one for one in differences_of(pair, metrics, part, where)}
+        found = {one.metric: one for one in differences_of(pair, metrics, part, prefix)}
         for threshold in of_part:
             one = found[threshold.metric]
-            figure = float(pair[0].values[threshold.metric][where].mean())
+            figure = float(pair[0].values[threshold.metric][prefix].mean())
             tolerance = threshold.loss(figure)
             checks.append(
                 Check(
@@ -296,7 +296,7 @@ def _pairs_of(
     if reason:
         raise ConfigError(f"The thresholds name the slice {name}, but {reason}.")
     one, other = pairs
-    return {part: (where, (one, other)) for part, where in parts_of(one)[1:]}
+    return {part: (prefix, (one, other)) for part, prefix in parts_of(one)[1:]}
 
 
 def _verdict(low: float, high: float, tolerance: float) -> Verdict:

@@ -528,9 +528,9 @@ def _legend(figure: Figure, labels: Sequence[tuple[int, str]], *, lines: bool) -
 
     height = 72 * figure.get_figheight()
     rows = _legend_rows(len(labels))
-    for place, (number, label) in enumerate(labels):
+    for index, (number, label) in enumerate(labels):
         # Downwards first: the order of the names is that of the ends of the lines.
-        column, row = divmod(place, rows)
+        column, row = divmod(index, rows)
         x = 10 + column * WIDTH / 2
         y = 10 + LEGEND_ROW * (rows - 1 - row)
         end = x + 24 if lines else x + 10
@@ -555,11 +555,11 @@ def _key_above(figure: Figure, label: str, other_label: str) -> None:
 
     height = 72 * figure.get_figheight()
     y = 1 - 10 / height
-    places = (
+    markers = (
         (14, "o", SERIES[0], SERIES[0], label),
         (WIDTH / 2, "D", "none", SERIES[1], other_label),
     )
-    for x, marker, face, edge, words in places:
+    for x, marker, face, edge, words in markers:
         key = Line2D([x / WIDTH], [y], marker=marker, markersize=7, linestyle="none")
         key.set(markerfacecolor=face, markeredgecolor=edge, markeredgewidth=1.7)
         figure.add_artist(key)

@@ -45,7 +45,7 @@ def umap_charts(groupings: Sequence[Grouping], vectors: np.ndarray) -> list[Char
     if len(rows) <= 3:
         return []
     # Shares of variance are of components alone.
-    plane = Plane(_place(vectors[rows]), (0.0, 0.0))
+    plane = Plane(_lay_out(vectors[rows]), (0.0, 0.0))
     drawn = evenly_spaced(np.arange(len(rows)), DRAWN_ITEMS)
     sample = ""
     if len(drawn) < len(vectors):
@@ -55,10 +55,10 @@ def umap_charts(groupings: Sequence[Grouping], vectors: np.ndarray) -> list[Char
         )
     made = []
     for number, grouping in enumerate(groupings):
-        placed = Grouping(grouping.column, grouping.labels, grouping.groups[rows])
+        drawn_grouping = Grouping(grouping.column, grouping.labels, grouping.groups[rows])
         svg = scatter_chart(
             f"umap{number}",
-            group_points(placed, plane, drawn),
+            group_points(drawn_grouping, plane, drawn),
             x_label="UMAP axis 1 (no unit)",
             y_label="UMAP axis 2 (no unit)",
             small=True,
@@ -69,14 +69,14 @@ def umap_charts(groupings: Sequence[Grouping], vectors: np.ndarray) -> list[Char
             f"and how large they look, means nothing.{sample}"
         )
         title = f"Neighbourhoods by {grouping.column} (UMAP)"
-        counts = np.bincount(placed.groups, minlength=len(placed.labels))
+        counts = np.bincount(drawn_grouping.groups, minlength=len(drawn_grouping.labels))
         header = [grouping.column, "items", "mean of axis 1", "mean of axis 2"]
-        table = Table(header, group_rows(placed, plane, counts), title)
+        table = Table(header, group_rows(drawn_grouping, plane, counts), title)
         made.append(Chart(f"umap{number}", title, svg, caption, table))
     return made
 
 
-def _place(vectors: np.ndarray) -> np.ndarray:
+def _lay_out(vectors: np.ndarray) -> np.ndarray:
     """Returns the positions of vectors, float32 [M, 2], the same for the same vectors."""
     umap = _import_umap()
     neighbours = min(NEIGHBOURS, len(vectors) - 1)

@@ -42,8 +42,8 @@ def check_bad_rows(dropped: Iterable[Dropped], max_bad_rows: int | None) -> None
     if max_bad_rows is None or count <= max_bad_rows:
         return
     # Some of them alone, as many as each note kept.
-    places = [place for note in notes for place in note.places]
+    locations = [location for note in notes for location in note.locations]
     raise ConfigError(
         f"{count:,} rows have other fields than the header, more than --max_bad_rows="
-        f"{max_bad_rows}: {'; '.join(places)}. Mend them, or allow more."
+        f"{max_bad_rows}: {'; '.join(locations)}. Mend them, or allow more."
     )

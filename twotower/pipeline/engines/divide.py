@@ -489,9 +489,9 @@ def _begins_of_last(
     running = np.cumsum(rows_of_range[::-1])
     begins = []
     for count in counts:
-        place = int(np.searchsorted(running, count))
-        number = 2**_RANGE_BITS - 1 - place
-        before = int(running[place] - rows_of_range[number])
+        bucket = int(np.searchsorted(running, count))
+        number = 2**_RANGE_BITS - 1 - bucket
+        before = int(running[bucket] - rows_of_range[number])
         first = low + (number << bits)
         last = min(low + ((number + 1) << bits) - 1, high)
         times, rows = database.columns(

@@ -174,16 +174,16 @@ class _Level:
             For each of `rows` the events of all users before its moment, int64 [M], and the time of
             the last of them, float64 [M]; None where no row reads it.
         """
-        place = self._start + self._count
+        position = self._start + self._count
         # Whole columns where all rows are events: nothing is copied.
         events = slice(None) if is_known.all() else np.flatnonzero(is_known)
         time = block.time[events]
         self._order.append(block.joined[events])
         for name, values in block.events.items():
-            self._events[name].write(place, values[events])
+            self._events[name].write(position, values[events])
         if self._times is not None:
-            self._times.write(place, time)
-            self._write_gaps(place, time)
+            self._times.write(position, time)
+            self._write_gaps(position, time)
         # Running counts, of which the last row of the block is asked for as well.
         before = np.cumsum(is_known, dtype=np.int32)
         # For rows of the next block that are of the moment in which this one ends.
@@ -205,7 +205,7 @@ class _Level:
             last_times = last_times[:-1]
         return earlier[:-1], last_times
 
-    def _write_gaps(self, place: int, time: np.ndarray) -> None:
+    def _write_gaps(self, position: int, time: np.ndarray) -> None:
         """Writes the times between each event and its neighbours, of which one may come later."""
         if not len(time):
             return
@@ -213,11 +213,11 @@ class _Level:
         previous = time[:1] if np.isnan(self._last_time) else [np.int64(self._last_time)]
         gaps = time_buckets(self._feature, np.diff(time, prepend=previous))
         if self._feature.gaps:
-            self._events[HISTORY_TIME_SINCE_PREVIOUS].write(place, gaps)
+            self._events[HISTORY_TIME_SINCE_PREVIOUS].write(position, gaps)
         if self._feature.request_gap:
             # The time to the next event is that event's time since this one.
-            first = int(place == self._start)
-            self._events[HISTORY_TIME_TO_NEXT].write(place - 1 + first, gaps[first:])
+            first = int(position == self._start)
+            self._events[HISTORY_TIME_TO_NEXT].write(position - 1 + first, gaps[first:])
 
     def end(self) -> None:
         """Writes what the last event knows of a next one: nothing."""

@@ -37,8 +37,8 @@ from twotower.pipeline.engines.reading.columns import Columns, schema_from_text,
 from twotower.pipeline.engines.reading.log_reading import (
     SHOWN,
     LogReading,
+    locate_in,
     note_skipped,
-    place_in,
     without_rows,
 )
 
@@ -308,7 +308,7 @@ class _Reader:
         """Reads the files of one table of the log."""
         begin = self._rows
         skipped = 0
-        places: list[str] = []
+        locations: list[str] = []
         table = reading.table
         for path, event in files.find_event_files(table, reading.name, self.kind):
             self._files.append((self._rows, str(path)))
@@ -317,8 +317,8 @@ class _Reader:
             for part in progress(pieces, total=total, what=f"reading {path.name}", seconds=10.0):
                 if part.rows is not None and len(part.rows.skipped):
                     skipped += len(part.rows.skipped)
-                    lines = part.rows.skipped_lines(SHOWN - len(places))
-                    places += [f"{path}, line {line}" for line in lines]
+                    lines = part.rows.skipped_lines(SHOWN - len(locations))
+                    locations += [f"{path}, line {line}" for line in lines]
                 if event:
                     part = files.with_event(part, event, reading.name)
                 if len(part.table):
@@ -326,7 +326,7 @@ class _Reader:
         if self._rows == begin:
             raise without_rows(table.path, reading.name)
         if skipped:
-            self.skipped.append(note_skipped(skipped, self._rows - begin, places))
+            self.skipped.append(note_skipped(skipped, self._rows - begin, locations))
 
     def state(self) -> dict[str, Any]:
         """Returns what was found when the files were read, as values of JSON."""
@@ -357,10 +357,10 @@ class _Reader:
         self.contract = dataclasses.replace(contract, time=time)
         self.columns.begin(schema_from_text(state["schema"]), self._files[0][1])
         for note in state["skipped"]:
-            self.skipped.append(Dropped(**{**note, "places": tuple(note["places"])}))
+            self.skipped.append(Dropped(**{**note, "locations": tuple(note["locations"])}))
         return Rows(scratch, self._sizes)
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         """Returns file and row of a position in the log."""
         # The last one of those that begin there: the files before it are without rows.
         first, path = next(file for file in reversed(self._files) if file[0] <= position)
@@ -368,13 +368,13 @@ class _Reader:
 
     def raw(self, rows: pa.Table) -> RawTable:
         """See `ReadLog`."""
-        origin = Origin(self._files[-1][1], self.place, is_typed=self.kind != "csv")
+        origin = Origin(self._files[-1][1], self.locate, is_typed=self.kind != "csv")
         return RawTable(rows, self._reading.table, "interactions", origin)
 
     def _add(self, part: files.Part, reading: LogReading, writer: RowWriter) -> None:
         name = self._files[-1][1]
         # Piece by piece, with the file and line of each row for messages.
-        origin = Origin(name, functools.partial(place_in, part), is_typed=self.kind != "csv")
+        origin = Origin(name, functools.partial(locate_in, part), is_typed=self.kind != "csv")
         time = self.contract.time
         rows, self.contract, failed = reading.read(part.table, origin, self.contract)
         # The form of the times is that of the log itself.

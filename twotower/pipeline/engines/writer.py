@@ -241,24 +241,24 @@ def _write_tables(database: Database, log: Log, folder: Path) -> None:
     first = 0
     total = database.value("SELECT count(*) FROM log")
     writers = []
-    places = []
+    position_files = []
     # All parts at once: the rows come in the order of the source, once.
     for part in PARTS:
         path = folder / data_folder.table_file(part)
         writers.append(data_folder.TableWriter(path, log.schema))
-        places.append(open(_positions_file(folder, part), "wb"))
+        position_files.append(open(_positions_file(folder, part), "wb"))
     sql = f"SELECT u, i{others}, part FROM log ORDER BY position"
     for block in database.blocks(sql, total, "writing rows"):
         number = block["part"].to_numpy()
         rows = log.rows(block.drop_columns(["part"]))
-        for part, (writer, file) in enumerate(zip(writers, places, strict=True)):
+        for part, (writer, file) in enumerate(zip(writers, position_files, strict=True)):
             of_part = np.flatnonzero(number == part)
             if len(of_part):
                 writer.write(rows.take(pa.array(of_part)))
                 # The order of the file, by which equal times are ordered.
                 (first + of_part).astype(index_type(total)).tofile(file)
         first += len(rows)
-    for writer, file in zip(writers, places, strict=True):
+    for writer, file in zip(writers, position_files, strict=True):
         # After an error they stay open: the folder is not whole, and the next try clears it.
         writer.__exit__(None, None, None)
         file.close()
@@ -467,7 +467,7 @@ def _write_rows(
     events = None
     if database is not None:
         events = _EventTable(database, parts, encoder)
-    place_type = np.dtype(index_type(parts.total))
+    position_type = np.dtype(index_type(parts.total))
     joined = 0
     # Part after part, as the arrays of a part and its table have one order.
     for part, size in zip(PARTS, parts.sizes, strict=True):
@@ -482,13 +482,13 @@ def _write_rows(
             item = parts.item_rows[item_codes]
             encoded = encode_rows(rows, user, item, encoder, labels, event_weights)
             has_weight |= bool(encoded.weight.any())
-            place = np.fromfile(written, place_type, len(rows))
+            position = np.fromfile(written, position_type, len(rows))
             if files is not None:
                 _append(files[part], _leaves_of(encoded))
-                files["file_positions"][part].append(place)
+                files["file_positions"][part].append(position)
             if events is not None:
                 number = joined + np.arange(len(rows))
-                events.add(rows, encoded, item_codes, place, number)
+                events.add(rows, encoded, item_codes, position, number)
             joined += len(rows)
         written.close()
         if part == "train":
@@ -523,7 +523,7 @@ class _EventTable:
         rows: pa.Table,
         encoded: Rows,
         item_codes: np.ndarray,
-        place: np.ndarray,
+        position: np.ndarray,
         joined: np.ndarray,
     ) -> None:
         """Adds rows.
@@ -532,14 +532,14 @@ class _EventTable:
             rows: Rows of a part.
             encoded: The same as arrays.
             item_codes: Code of the item of each.
-            place: Position of each in the file.
+            position: Position of each in the file.
             joined: Position of each among the rows of all parts.
         """
         weights = _log_weights(self._encoder, rows, encoded.timestamp)
         items = self._rows_of_items[item_codes]
         # Without times the order is that of the source, and each row a moment of its own.
-        time = place.astype(np.int64) if encoded.timestamp is None else encoded.timestamp
-        columns = [encoded.user, time, place, joined, items]
+        time = position.astype(np.int64) if encoded.timestamp is None else encoded.timestamp
+        columns = [encoded.user, time, position, joined, items]
         names = ["u", "t", "place", "joined", "item", "w"]
         self._database.insert("events", pa.table([*map(pa.array, columns), weights], names))
 

@@ -53,7 +53,7 @@ class Records(Protocol):
         examples: np.ndarray,
         passes: np.ndarray,
         *,
-        places: int = 0,
+        event_capacity: int = 0,
     ) -> Batch:
         """Returns the batch of some records.
 
@@ -61,14 +61,14 @@ class Records(Protocol):
             records: B records.
             examples: int [B], their numbers.
             passes: int [B], the pass over the data in which each stands.
-            places: Places for the events of their histories, one after the other; 0 for a window
-                of L events for each row.
+            event_capacity: Number of events that their histories may have, one after the other;
+                0 for a window of L events for each row.
         """
         ...
 
-    def span_places(self, size: int) -> int:
+    def span_capacity(self, size: int) -> int:
         """Returns the places for the events of nearly every batch of a size, 0 where windows are
-        as good; see `twotower.pipeline.batches.span_places`."""
+        as good; see `twotower.pipeline.batches.span_capacity`."""
         ...
 
     def num_events(self, records: Sequence[bytes]) -> int:
@@ -118,10 +118,10 @@ class Layout:
             return Encoded(events, ends)
         heads = _to_bytes(head, self.head, len(counts))
         # Heads and events are put between each other by one assignment, not record by record.
-        places = self._head_places(ends - counts * self.event.itemsize)
+        positions = self._head_positions(ends - counts * self.event.itemsize)
         content = np.empty(len(heads) + len(events), np.uint8)
-        content[places] = heads.reshape(places.shape)
-        content[_all_but(places, len(content))] = events
+        content[positions] = heads.reshape(positions.shape)
+        content[_all_but(positions, len(content))] = events
         return Encoded(content, ends)
 
     def split(self, records: Sequence[bytes]) -> tuple[Columns, Columns, np.ndarray]:
@@ -135,12 +135,12 @@ class Layout:
             return {}, _from_bytes(content, self.event), counts
         if not self.event.itemsize:
             return _from_bytes(content, self.head), {}, counts
-        places = self._head_places(np.cumsum(lengths) - num_bytes)
-        heads = content[places].reshape(-1)
-        events = content[_all_but(places, len(content))]
+        positions = self._head_positions(np.cumsum(lengths) - num_bytes)
+        heads = content[positions].reshape(-1)
+        events = content[_all_but(positions, len(content))]
         return _from_bytes(heads, self.head), _from_bytes(events, self.event), counts
 
-    def _head_places(self, ends: np.ndarray) -> np.ndarray:
+    def _head_positions(self, ends: np.ndarray) -> np.ndarray:
         """Returns the places of the bytes of heads, [N, bytes], from the ends of the heads."""
         return (ends - self.head.itemsize)[:, None] + np.arange(self.head.itemsize)
 
@@ -167,8 +167,8 @@ def _from_bytes(content: np.ndarray, kind: np.dtype) -> Columns:
     return {name: rows[name] for name in kind.names or ()}
 
 
-def _all_but(places: np.ndarray, count: int) -> np.ndarray:
+def _all_but(positions: np.ndarray, count: int) -> np.ndarray:
     """Returns a mask bool [count] of all places but some."""
     mask = np.ones(count, bool)
-    mask[places] = False
+    mask[positions] = False
     return mask

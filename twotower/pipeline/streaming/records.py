@@ -24,7 +24,7 @@ from twotower.pipeline.batches import (
     Features,
     Rows,
     gather_rows,
-    span_places,
+    span_capacity,
 )
 from twotower.pipeline.histories import Histories
 from twotower.pipeline.sequences import SequencePacking, count_up, gather_sequences
@@ -103,8 +103,8 @@ class RowRecords:
         event = {name: x[events] for name, x in self._event.items()}
         return self.layout.join(head, event, counts)
 
-    def span_places(self, size: int) -> int:
-        return span_places(self._spans, size, self._history_length)
+    def span_capacity(self, size: int) -> int:
+        return span_capacity(self._spans, size, self._history_length)
 
     def num_events(self, records: Sequence[bytes]) -> int:
         num_bytes = sum(map(len, records)) - len(records) * self.layout.head.itemsize
@@ -116,7 +116,7 @@ class RowRecords:
         examples: np.ndarray,
         passes: np.ndarray,
         *,
-        places: int = 0,
+        event_capacity: int = 0,
     ) -> Batch:
         del examples, passes  # a row is the same in every pass
         head, event, counts = self.layout.split(records)
@@ -138,7 +138,7 @@ class RowRecords:
             arrays | self._tables,
             index,
             history_length=self._history_length,
-            num_events=places,
+            num_events=event_capacity,
         )
 
 
@@ -196,7 +196,7 @@ class SequenceRecords:
         offsets = self._packing.offsets[start : stop + 1] - self._packing.offsets[start]
         return self.layout.join({}, columns, np.diff(first_events[offsets]))
 
-    def span_places(self, size: int) -> int:
+    def span_capacity(self, size: int) -> int:
         del size
         return 0  # packed rows are no windows with room to spare
 
@@ -209,9 +209,9 @@ class SequenceRecords:
         examples: np.ndarray,
         passes: np.ndarray,
         *,
-        places: int = 0,
+        event_capacity: int = 0,
     ) -> Batch:
-        del places
+        del event_capacity
         _, columns, counts = self.layout.split(records)
         first = self._packing.offsets[examples]
         num_sequences = self._packing.offsets[examples + 1] - first

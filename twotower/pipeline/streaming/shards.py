@@ -150,8 +150,8 @@ class Shards:
             read += self._read_file(int(file), positions[files == file].tolist())
         if self.num_files > 1:
             by_file = read.copy()
-            for place, record in zip(order.tolist(), by_file):
-                read[place] = record
+            for position, record in zip(order.tolist(), by_file):
+                read[position] = record
         with self._lock:
             self.records_read += len(read)
             self.bytes_read += sum(map(len, read))

@@ -24,7 +24,7 @@ import numpy as np
 from twotower.config import TrainingConfig
 from twotower.core.errors import ConfigError
 from twotower.core.install import extra
-from twotower.pipeline.batches import Batch, enough_places, join_parts
+from twotower.pipeline.batches import Batch, enough_capacity, join_parts
 from twotower.pipeline.streaming.layout import Records
 from twotower.pipeline.streaming.order import shuffled
 from twotower.pipeline.streaming.shards import Shards
@@ -97,14 +97,14 @@ class Stream:
             The numbers of the examples, int64 [B], and the pass that each stands in, int64 [B].
         """
         count = len(self.records)
-        passes, places = np.divmod(positions, count)
+        passes, offsets = np.divmod(positions, count)
         numbers = np.empty(len(positions), np.int64)
         # Two passes where the examples cross the end of one.
         for number in np.unique(passes):
             is_here = passes == number
             # As Grain does it: each pass has a seed of its own.
             seed = (self.seed + int(number)) % _LARGEST_SEED
-            numbers[is_here] = shuffled(places[is_here], count, seed)
+            numbers[is_here] = shuffled(offsets[is_here], count, seed)
         return numbers, passes
 
     def load(self, positions: np.ndarray) -> Batch:
@@ -113,13 +113,13 @@ class Stream:
         return self.records.decode(self.shards.read(numbers), numbers, passes)
 
     def load_parts(
-        self, positions: np.ndarray, *, places: int, batches: int, parts: int
+        self, positions: np.ndarray, *, event_capacity: int, batches: int, parts: int
     ) -> list[Batch]:
         """Returns batches whose histories lie one after the other.
 
         Args:
             positions: Positions of the examples of all batches, int64 [batches x B].
-            places: Places for the events of each part; more where one has more.
+            event_capacity: Number of events that each part may have; more where one has more.
             batches: Number of batches.
             parts: Number of equal parts, those of devices, that a batch is divided into.
         """
@@ -133,11 +133,13 @@ class Stream:
             own = [slice(start, start + size) for start in starts]
             # One shape for all parts of a batch.
             most = max(self.records.num_events(read[part]) for part in own)
-            enough = enough_places(places, most)
+            enough = enough_capacity(event_capacity, most)
             decoded = []
             for part in own:
                 decoded.append(
-                    self.records.decode(read[part], numbers[part], passes[part], places=enough)
+                    self.records.decode(
+                        read[part], numbers[part], passes[part], event_capacity=enough
+                    )
                 )
             loaded.append(join_parts(decoded))
         return loaded
@@ -150,7 +152,7 @@ class Stream:
         *,
         part: slice,
         put: Callable[[Batch], Any] = lambda batch: batch,
-        places: int = 0,
+        event_capacity: int = 0,
         devices: int = 1,
     ) -> Iterator[Iterator[Any]]:
         """Yields an iterator over this process's parts of the batches of some steps, which threads
@@ -161,15 +163,15 @@ class Stream:
             steps: Number of steps; nothing after them is read.
             part: Rows of each batch that this process takes.
             put: Function that puts a batch where the step reads it, called by the threads.
-            places: Places for the events of the histories of each device's rows, one after the
-                other; 0 for a window of L events for each row.
+            event_capacity: Number of events that the histories of each device's rows may have, one
+                after the other; 0 for a window of L events for each row.
             devices: Number of devices that the rows are divided over.
         """
         # An extra, which a training without a stream does not need.
         import grain
 
         block = self._steps_at_once(part.stop - part.start)
-        parts = _Blocks(self, next_example, steps, block, part, put, places, devices)
+        parts = _Blocks(self, next_example, steps, block, part, put, event_capacity, devices)
         threads = min(_MAX_THREADS, os.cpu_count() or 1)
         # One block ahead for each thread bounds the memory of batches that wait.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
@@ -195,7 +197,7 @@ class _Blocks:
     block: int
     part: slice
     put: Callable[[Batch], Any]
-    places: int
+    event_capacity: int
     devices: int
 
     def __len__(self) -> int:
@@ -208,9 +210,12 @@ class _Blocks:
         rows = np.arange(self.part.start, self.part.stop)
         first = self.next_example + steps * self.stream.batch_size
         positions = (first[:, None] + rows).reshape(-1)
-        if self.places:
+        if self.event_capacity:
             batches = self.stream.load_parts(
-                positions, places=self.places, batches=len(steps), parts=self.devices
+                positions,
+                event_capacity=self.event_capacity,
+                batches=len(steps),
+                parts=self.devices,
             )
             return [self.put(batch) for batch in batches]
         # One read for all steps of the block, which are cut apart below.

@@ -71,9 +71,9 @@ def read_ids(path: Path, form: ReadsIds = IdForm.TEXT) -> list[str]:
     try:
         column = form.column(column)
     except BadValue as error:
-        place = field if error.row is None else describe_row(error.row)
+        location = field if error.row is None else describe_row(error.row)
         shown = "it" if error.value is None else echo(error.value)
-        raise ConfigError(f"{place}, column 'user_id': {shown} {error.problem}.") from None
+        raise ConfigError(f"{location}, column 'user_id': {shown} {error.problem}.") from None
     ids = column.drop_null().to_pylist()
     if not ids:
         raise ConfigError(f"{field} holds no user id.")

@@ -304,8 +304,8 @@ def values_reader(column: pa.ChunkedArray) -> ReadValues:
         if bits is None:
             return values
         # The buffers of a slice begin before it.
-        places = [row + array.offset for row in rows]
-        is_valid = [bits[place >> 3] >> (place & 7) & 1 for place in places]
+        positions = [row + array.offset for row in rows]
+        is_valid = [bits[position >> 3] >> (position & 7) & 1 for position in positions]
         return [value if valid else None for value, valid in zip(values, is_valid)]
 
     return read

@@ -187,9 +187,9 @@ class RemoteVectors:
         wanted = rows.reshape(-1)
         vectors = np.zeros((len(wanted), self.shape[1]), np.float32)
         if len(wanted):
-            places = [find_rows(wanted, own) for own in self._rows]
-            parts = self._shards.vectors([own_rows for _, own_rows in places])
-            for (is_inside, _), found in zip(places, parts, strict=True):
+            matches = [find_rows(wanted, own) for own in self._rows]
+            parts = self._shards.vectors([own_rows for _, own_rows in matches])
+            for (is_inside, _), found in zip(matches, parts, strict=True):
                 vectors[is_inside] = found
         return vectors.reshape(*rows.shape, self.shape[1])
 

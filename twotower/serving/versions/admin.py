@@ -20,7 +20,7 @@ from twotower.serving.answers import Answers
 from twotower.serving.errors import RequestError
 from twotower.serving.lists.options import MakeAnswers
 from twotower.serving.versions import routing, types
-from twotower.serving.versions.routing import Place, State
+from twotower.serving.versions.routing import Location, State
 from twotower.serving.versions.versions import Versions, find_bundle, load, prove, version_at
 from twotower.serving.writer import Writer
 
@@ -65,15 +65,15 @@ class Admin:
 
     async def load(self, request: types.LoadBundle, _: str) -> types.VersionList:
         """Loads one more bundle."""
-        place = find_bundle(self._bundles, request.bundle)
+        location = find_bundle(self._bundles, request.bundle)
         async with self._lock:
             # Read from the manifest, before anything is loaded: the same bundle again costs
             # nothing.
-            version = _version_at(place)
+            version = _version_at(location)
             if version not in self.versions:
                 # Refused before the work.
-                state = routing.add(self.versions.state, version, place)
-                await self._load(place)
+                state = routing.add(self.versions.state, version, location)
+                await self._load(location)
                 await self._publish(state)
         return self.versions.list()
 
@@ -123,9 +123,9 @@ class Admin:
             if state == now or state.number < now.number or state.number == self._failed:
                 return
             try:
-                for version, place in state.places.items():
+                for version, location in state.locations.items():
                     if version not in self.versions:
-                        await self._load(place)
+                        await self._load(location)
             # Errors of any kind, such as too little memory: another try follows with the next state
             # alone.
             except Exception as error:
@@ -146,7 +146,7 @@ class Admin:
         self._begin_to_look()
         async with self._lock:
             # The last one of a folder stands: versions before it are there to go back to.
-            newest = {place.folder: version for version, place in self._places().items()}
+            newest = {location.folder: version for version, location in self._locations().items()}
             for folder, version in newest.items():
                 await self._follow_folder(folder, version)
 
@@ -170,15 +170,15 @@ class Admin:
 
     async def _follow_folder(self, folder: str, version: str) -> None:
         """Takes up the new version in a folder, if there is one."""
-        place = self._places()[version]
+        location = self._locations()[version]
         try:
             files = str(current_version(folder))
         # An export that is copied over it may be half there: the next look sees it whole.
         except FolderError:
-            files = place.files
-        if files == place.files or files in self._tried:
+            files = location.files
+        if files == location.files or files in self._tried:
             return
-        newer = Place(place.name, folder, files)
+        newer = Location(location.name, folder, files)
         # Before the attempt: one that fails would be loaded again four times a second.
         self._tried.add(files)
         # Changes wait for it.
@@ -190,12 +190,12 @@ class Admin:
             await self._publish(routing.supersede(self.versions.state, version, found, newer))
         except RequestError as error:
             self._writer.stuck.add(version)
-            logging.error("The new version of %s is not used: %s", place.name, error)
+            logging.error("The new version of %s is not used: %s", location.name, error)
 
-    def _places(self) -> dict[str, Place]:
-        return self.versions.state.places
+    def _locations(self) -> dict[str, Location]:
+        return self.versions.state.locations
 
-    async def _load(self, place: Place) -> None:
+    async def _load(self, location: Location) -> None:
         """Loads, warms and proves a version while the others answer.
 
         Raises:
@@ -205,7 +205,9 @@ class Admin:
         # Begun before the version is read: a change during that is in its log or in this list, or
         # in both, which does no harm.
         with self._writer.remember() as missed:
-            answers = await loop.run_in_executor(None, _load_and_prove, place, self.versions.make)
+            answers = await loop.run_in_executor(
+                None, _load_and_prove, location, self.versions.make
+            )
             await self._writer.adopt(answers, missed)
         # The version lives as long as the server may: it is no garbage.
         gc.freeze()
@@ -218,10 +220,10 @@ class Admin:
     async def detach_replaced(self) -> None:
         """Keeps the changes of versions that were replaced apart from their bundles."""
         for answers in list(self.versions):
-            place = self._places()[answers.version]
+            location = self._locations()[answers.version]
             # A pointer that cannot be read says nothing of a newer version.
             with contextlib.suppress(FolderError):
-                if str(current_version(place.folder)) != place.files:
+                if str(current_version(location.folder)) != location.files:
                     await self._writer.detach(answers)
 
     async def _publish(self, state: State) -> None:
@@ -234,36 +236,36 @@ class Admin:
             logging.info("Version %s is the main one.", state.routing.main)
 
 
-def _load_and_prove(place: Place, make: MakeAnswers) -> Answers:
+def _load_and_prove(location: Location, make: MakeAnswers) -> Answers:
     """Returns a version that is ready to answer.
 
     Raises:
         RequestError: It is not whole, or its golden answers differ.
     """
     try:
-        answers = load(place, make)
+        answers = load(location, make)
     except (TwotowerError, OSError) as error:
         # Its message names files of the server.
         logging.error("%s", error)
-        raise _unusable(place) from error
+        raise _unusable(location) from error
     prove(answers)
     return answers
 
 
-def _version_at(place: Place) -> str:
+def _version_at(location: Location) -> str:
     try:
-        return version_at(place)
+        return version_at(location)
     except (OSError, ValueError, KeyError) as error:
         logging.error("%s", error)
-        raise _unusable(place) from error
+        raise _unusable(location) from error
 
 
-def _unusable(place: Place) -> RequestError:
+def _unusable(location: Location) -> RequestError:
     return RequestError(
         409,
-        f"Bundle {place.name!r} cannot be loaded; the server's log says why.",
+        f"Bundle {location.name!r} cannot be loaded; the server's log says why.",
         field="bundle",
-        value=place.name,
+        value=location.name,
         cure="Export it again.",
     )
 

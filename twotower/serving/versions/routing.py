@@ -23,7 +23,7 @@ from twotower.serving.errors import RequestError
 MAX_VERSIONS = 8  # in memory at once
 
 
-class Place(msgspec.Struct, frozen=True):
+class Location(msgspec.Struct, frozen=True):
     """Where a version lies.
 
     Attributes:
@@ -96,13 +96,13 @@ class State(msgspec.Struct, frozen=True):
 
     Attributes:
         number: Number of changes to it; the greater one is the newer.
-        places: Place of each version, in the order in which they came.
+        locations: Place of each version, in the order in which they came.
         routing: Which version answers whom.
         previous: Routing before the last change of it, to go back to.
     """
 
     number: int
-    places: dict[str, Place]
+    locations: dict[str, Location]
     routing: Routing
     previous: Routing | None = None
 
@@ -116,13 +116,13 @@ class State(msgspec.Struct, frozen=True):
         Raises:
             RequestError: There is none.
         """
-        if name in self.places:
+        if name in self.locations:
             return name
         # The newest one of the name, which came last.
-        for version, place in reversed(self.places.items()):
-            if place.name == name:
+        for version, location in reversed(self.locations.items()):
+            if location.name == name:
                 return version
-        known = [*self.places, *(place.name for place in self.places.values())]
+        known = [*self.locations, *(location.name for location in self.locations.values())]
         raise RequestError(
             404,
             f"{field}={echo(name)} is no version that is loaded{did_you_mean(name, known)}",
@@ -139,21 +139,21 @@ def point_of(key: str, salt: str = "") -> float:
     return int.from_bytes(digest[:8]) / 2**64
 
 
-def add(state: State, version: str, place: Place) -> State:
+def add(state: State, version: str, location: Location) -> State:
     """Returns a state with one more version, which nobody is answered by yet.
 
     Raises:
         RequestError: There are too many.
     """
-    if version in state.places:
+    if version in state.locations:
         return state
-    if len(state.places) >= MAX_VERSIONS:
+    if len(state.locations) >= MAX_VERSIONS:
         raise RequestError(
             409,
-            f"{len(state.places)} versions are loaded, which is the most.",
+            f"{len(state.locations)} versions are loaded, which is the most.",
             cure="Unload one of them first.",
         )
-    return _next(state, places={**state.places, version: place})
+    return _next(state, locations={**state.locations, version: location})
 
 
 def remove(state: State, name: str) -> State:
@@ -174,8 +174,8 @@ def remove(state: State, name: str) -> State:
             value=echo(name),
             cure="Swap to another one, or end the split or the shadow, first.",
         )
-    places = {key: place for key, place in state.places.items() if key != version}
-    return _next(state, places=places)
+    locations = {key: location for key, location in state.locations.items() if key != version}
+    return _next(state, locations=locations)
 
 
 def swap(state: State, name: str) -> State:
@@ -242,7 +242,7 @@ def shadow(state: State, name: str | None, share: float) -> State:
     return _route(state, replace(state.routing, shadow=state.find(name), share=share))
 
 
-def supersede(state: State, old: str, new: str, place: Place) -> State:
+def supersede(state: State, old: str, new: str, location: Location) -> State:
     """Returns a state in which a newer version of a bundle stands wherever the older one stood.
 
     Versions that are neither used then nor the ones to go back to are dropped.
@@ -268,13 +268,13 @@ def supersede(state: State, old: str, new: str, place: Place) -> State:
     kept = set(after.routing.versions)
     if after.previous is not None:
         kept |= after.previous.versions
-    places = {}
-    for version, other in after.places.items():
+    locations = {}
+    for version, other in after.locations.items():
         # Else each export would leave one more version in memory.
-        is_older = other.folder == place.folder and version not in kept
+        is_older = other.folder == location.folder and version not in kept
         if not is_older:
-            places[version] = other
-    return _next(after, places={**places, new: place})
+            locations[version] = other
+    return _next(after, locations={**locations, new: location})
 
 
 def _route(state: State, routing: Routing) -> State:

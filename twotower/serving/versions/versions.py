@@ -18,7 +18,7 @@ from twotower.serving.errors import RequestError
 from twotower.serving.lists.options import MakeAnswers
 from twotower.serving.shards.router import Router
 from twotower.serving.versions import routing
-from twotower.serving.versions.routing import Place, Routing, State
+from twotower.serving.versions.routing import Location, Routing, State
 from twotower.serving.versions.types import VersionInfo, VersionList
 
 
@@ -34,18 +34,20 @@ class Versions:
         state: What is loaded, and which version answers whom.
     """
 
-    def __init__(self, first: Answers, place: Place | None = None, *, make: MakeAnswers = Answers):
+    def __init__(
+        self, first: Answers, location: Location | None = None, *, make: MakeAnswers = Answers
+    ):
         """Starts with one version, which answers everybody.
 
         Args:
             first: Version that answers.
-            place: Where it lies; by default the place that its bundle was loaded from.
+            location: Where it lies; by default the place that its bundle was loaded from.
             make: Function that makes a version of the retriever of a bundle.
         """
         self.make = make
-        if place is None:
-            place = place_of(first.retriever)
-        self.state = State(0, {first.version: place}, Routing(first.version))
+        if location is None:
+            location = location_of(first.retriever)
+        self.state = State(0, {first.version: location}, Routing(first.version))
         self._loaded = {first.version: first}
         self.main = first
         self.shadow: Answers | None = None
@@ -95,13 +97,13 @@ class Versions:
         self.main = self._loaded[state.routing.main]
         self.shadow = self._loaded[state.routing.shadow] if state.routing.shadow else None
         # Versions that are left out are freed when the last request that they answer has ended.
-        self._loaded = {version: self._loaded[version] for version in state.places}
+        self._loaded = {version: self._loaded[version] for version in state.locations}
 
     def list(self) -> VersionList:
         """Returns what is loaded."""
         state = self.state
         # A version that was just added is in no state yet.
-        infos = [self._describe(self._loaded[version]) for version in state.places]
+        infos = [self._describe(self._loaded[version]) for version in state.locations]
         return VersionList(
             state.routing.main, infos, len(state.routing.overrides), state.routing.share
         )
@@ -125,7 +127,7 @@ class Versions:
             role = "previous"
         return VersionInfo(
             version,
-            self.state.places[version].name,
+            self.state.locations[version].name,
             answers.retriever.bundle.manifest["date"],
             len(answers.retriever),
             answers.retriever.changes,
@@ -134,7 +136,7 @@ class Versions:
         )
 
 
-def place_of(retriever: Retriever, name: str = "") -> Place:
+def location_of(retriever: Retriever, name: str = "") -> Location:
     """Returns where the bundle of a retriever lies.
 
     Args:
@@ -145,22 +147,22 @@ def place_of(retriever: Retriever, name: str = "") -> Place:
     # A bundle in memory has no log of changes, and no place for another process to load it from.
     if bundle.folder is None or bundle.version is None:
         raise ConfigError("Only a bundle that was loaded from a folder is served.")
-    return Place(name or bundle.folder.name, str(bundle.folder), str(bundle.version))
+    return Location(name or bundle.folder.name, str(bundle.folder), str(bundle.version))
 
 
-def load(place: Place, make: MakeAnswers) -> Answers:
+def load(location: Location, make: MakeAnswers) -> Answers:
     """Returns a version, with the changes that were made to it.
 
     Args:
-        place: Where it lies.
+        location: Where it lies.
         make: Function that makes a version of its retriever.
 
     Raises:
         TwotowerError: The bundle is not whole.
     """
-    bundle = load_bundle(place.files)
+    bundle = load_bundle(location.files)
     # Found by the folder above, whose pointer says when it is no longer the current one.
-    return make(Retriever(dataclasses.replace(bundle, folder=Path(place.folder))))
+    return make(Retriever(dataclasses.replace(bundle, folder=Path(location.folder))))
 
 
 def load_all(folders: Mapping[str, Path], make: MakeAnswers) -> Versions:
@@ -178,9 +180,9 @@ def load_all(folders: Mapping[str, Path], make: MakeAnswers) -> Versions:
     for name, folder in folders.items():
         retriever = Retriever.load(folder)
         answers = make(retriever)
-        place = place_of(retriever, name)
+        location = location_of(retriever, name)
         if versions is None:
-            versions = Versions(answers, place, make=make)
+            versions = Versions(answers, location, make=make)
             continue
         # The versions of two names are one entry: a split between them would be none.
         if answers.version in versions:
@@ -188,7 +190,7 @@ def load_all(folders: Mapping[str, Path], make: MakeAnswers) -> Versions:
                 f"--bundle={name}={folder} is the same bundle as another one. Name it once."
             )
         versions.add(answers)
-        versions.apply(routing.add(versions.state, answers.version, place))
+        versions.apply(routing.add(versions.state, answers.version, location))
     if versions is None:
         raise ConfigError("--bundle: no bundle is named.")
     return versions
@@ -212,7 +214,7 @@ def load_router(folders: Mapping[str, Path], make: MakeAnswers, router: Router) 
     retriever = Retriever(load_bundle(folder, shards=router))
     manifest = retriever.bundle.manifest
     router.expect(Answers.version_of(manifest), manifest["shards"])
-    return Versions(make(retriever), place_of(retriever, name), make=make)
+    return Versions(make(retriever), location_of(retriever, name), make=make)
 
 
 def restore(state: State, make: MakeAnswers) -> Versions:
@@ -226,7 +228,7 @@ def restore(state: State, make: MakeAnswers) -> Versions:
         TwotowerError: One of them is not whole any more.
     """
     # By the files of each, not by the pointer of its folder, which may have moved on.
-    loaded = [load(place, make) for place in state.places.values()]
+    loaded = [load(location, make) for location in state.locations.values()]
     # Any of them: the state says which is the main one.
     versions = Versions(loaded[0], make=make)
     for answers in loaded[1:]:
@@ -251,7 +253,7 @@ def prove(answers: Answers) -> None:
         )
 
 
-def find_bundle(bundles: str, name: str) -> Place:
+def find_bundle(bundles: str, name: str) -> Location:
     """Returns the place of the current version of a bundle.
 
     Args:
@@ -286,14 +288,14 @@ def find_bundle(bundles: str, name: str) -> Place:
         raise RequestError(
             409, f"bundle={name!r} is damaged.", field="bundle", value=name, cure="Export it again."
         ) from None
-    return Place(name, str(folder / name), str(files))
+    return Location(name, str(folder / name), str(files))
 
 
-def version_at(place: Place) -> str:
+def version_at(location: Location) -> str:
     """Returns the version in a place, which is not loaded for that.
 
     Raises:
         OSError, ValueError: It has no manifest.
     """
-    manifest = msgspec.json.decode((Path(place.files) / "manifest.json").read_bytes())
+    manifest = msgspec.json.decode((Path(location.files) / "manifest.json").read_bytes())
     return Answers.version_of(manifest)

@@ -88,8 +88,8 @@ def join_codes(rows: pa.Table, column: str, codes: pa.Table) -> pa.Table:
         column: Column of ids, as `plain_ids` returns them.
         codes: Columns id and code, with all ids of the rows.
     """
-    place = pc.index_in(rows[column], value_set=join_chunks(codes["id"]))
-    found = join_chunks(codes["code"]).take(join_chunks(place))
+    index = pc.index_in(rows[column], value_set=join_chunks(codes["id"]))
+    found = join_chunks(codes["code"]).take(join_chunks(index))
     return rows.set_column(rows.column_names.index(column), column, pc.fill_null(found, -1))
 
 

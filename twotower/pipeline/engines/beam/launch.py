@@ -182,20 +182,20 @@ class _ReadLog:
         self._begins: dict[int, int] = {}
         self._paths = paths
         skipped = 0
-        places: list[str] = []
+        locations: list[str] = []
         # A block without rows is before the one that begins at its row, and an error behind all.
-        for block in sorted(found, key=_place_of):
+        for block in sorted(found, key=_order_of):
             if "error" in block:
                 raise ConfigError(block["error"])
             self._begins.setdefault(block["file"], self.num_rows)
             skipped += block.get("skipped", 0)
-            places += block.get("places", [])
+            locations += block.get("locations", [])
             if block["rows"]:
                 self._add(block)
         if not self.num_rows:
             raise without_rows(reading.table.path)
         if skipped:
-            self.skipped.append(note_skipped(skipped, self.num_rows, places[:SHOWN]))
+            self.skipped.append(note_skipped(skipped, self.num_rows, locations[:SHOWN]))
 
     def _add(self, block: dict[str, Any]) -> None:
         """Takes what is known of a block of rows."""
@@ -216,18 +216,18 @@ class _ReadLog:
         rows = self.columns.schema.empty_table()
         return ids.coded_later(rows, self.columns, np.zeros(0, np.int16)).schema
 
-    def positions(self, places: np.ndarray) -> np.ndarray:
+    def positions(self, locations: np.ndarray) -> np.ndarray:
         """Returns positions in the log, int64 [N].
 
         Args:
-            places: Number of the file times `ROWS_OF_FILE`, and the row in it, int64 [N].
+            locations: Number of the file times `ROWS_OF_FILE`, and the row in it, int64 [N].
         """
         begins = np.zeros(max(self._begins) + 1, np.int64)
         begins[list(self._begins)] = list(self._begins.values())
-        file, row = np.divmod(places, ROWS_OF_FILE)
+        file, row = np.divmod(locations, ROWS_OF_FILE)
         return begins[file] + row
 
-    def place(self, position: int) -> str:
+    def locate(self, position: int) -> str:
         """Returns file and row of a position in the log."""
         # The last one of those that begin there: the files before it are without rows.
         file = max(number for number, first in self._begins.items() if first <= position)
@@ -236,11 +236,11 @@ class _ReadLog:
     def raw(self, rows: pa.Table) -> RawTable:
         """See `ReadLog`."""
         last = self._paths[max(self._paths)]
-        origin = Origin(last, self.place, is_typed=self.kind != "csv")
+        origin = Origin(last, self.locate, is_typed=self.kind != "csv")
         return RawTable(rows, self._reading.table, "interactions", origin)
 
 
-def _place_of(block: dict[str, Any]) -> tuple[int, int, bool, int]:
+def _order_of(block: dict[str, Any]) -> tuple[int, int, bool, int]:
     return block["file"], block["first"], "error" in block, block.get("rows", 0)
 
 

@@ -24,7 +24,7 @@ from twotower.data.tables import Origin, RawTable
 from twotower.pipeline.engines.beam.ids import COLUMNS, coded_later, first_positions, split_by_hash
 from twotower.pipeline.engines.beam.store import Store, to_bytes
 from twotower.pipeline.engines.reading.columns import Columns, schema_to_text
-from twotower.pipeline.engines.reading.log_reading import SHOWN, LogReading, place_in
+from twotower.pipeline.engines.reading.log_reading import SHOWN, LogReading, locate_in
 
 # File and row in one number: no file has as many rows.
 ROWS_OF_FILE = 2**40
@@ -166,11 +166,11 @@ class PieceReader:
         if part.rows is not None and len(part.rows.skipped):
             block["skipped"] = len(part.rows.skipped)
             lines = part.rows.skipped_lines(SHOWN)
-            block["places"] = [f"{piece.path}, line {line}" for line in lines]
+            block["locations"] = [f"{piece.path}, line {line}" for line in lines]
         if not len(part.table):
             return block, []
         is_typed = self.reading.kind != "csv"
-        origin = Origin(piece.path, functools.partial(place_in, part), is_typed=is_typed)
+        origin = Origin(piece.path, functools.partial(locate_in, part), is_typed=is_typed)
         rows, _, failed = self.reading.read(part.table, origin, Contract())
         columns = Columns("beam", self.reading.divided_by)
         columns.begin(rows.schema, piece.path)

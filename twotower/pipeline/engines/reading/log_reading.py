@@ -124,14 +124,14 @@ def without_rows(path: str, name: str = "interactions") -> ConfigError:
     )
 
 
-def place_in(part: files.Part, row: int) -> str:
+def locate_in(part: files.Part, row: int) -> str:
     """Returns file and place of a row of a piece."""
-    return f"{part.path}, {part.place(row)}"
+    return f"{part.path}, {part.locate(row)}"
 
 
-def note_skipped(count: int, rows: int, places: Sequence[str]) -> Dropped:
+def note_skipped(count: int, rows: int, locations: Sequence[str]) -> Dropped:
     """Returns the note on rows of the log that were left out when it was read."""
-    origin = Origin("", str, is_typed=False, skipped=count, skipped_places=tuple(places))
+    origin = Origin("", str, is_typed=False, skipped=count, skipped_locations=tuple(locations))
     # As if all rows were one table in memory: the words of the note are then the same.
     table = pa.table({"row": pa.nulls(rows)})
     (note,) = skipped_rows([RawTable(table, TableConfig(), "interactions", origin)])
