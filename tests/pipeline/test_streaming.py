@@ -111,16 +111,16 @@ def test_histories_one_after_the_other_are_those_of_the_log(tmp_path):
     numbers, _ = stream.examples(positions)
     lengths = examples.span_lengths(numbers).reshape(2, 3, 2).sum(2).max(1)
     # The one batch has room in the usual places, the other takes twice as many.
-    places = int(lengths.min())
-    assert places < lengths.max() <= 2 * places
-    loaded = stream.load_parts(positions, event_capacity=places, batches=2, parts=3)
+    capacity = int(lengths.min())
+    assert capacity < lengths.max() <= 2 * capacity
+    loaded = stream.load_parts(positions, event_capacity=capacity, batches=2, parts=3)
     for batch, own, most in zip(loaded, np.split(numbers, 2), lengths):
         gathered = []
         for part in np.split(own, 3):
-            size = places * (1 + (most > places))
+            size = capacity * (1 + (most > capacity))
             gathered.append(examples.gather_spans(examples.data, part, size))
         jax.tree.map(np.testing.assert_array_equal, batch, join_parts(gathered))
-    options = {"part": slice(0, 6), "event_capacity": places, "devices": 3}
+    options = {"part": slice(0, 6), "event_capacity": capacity, "devices": 3}
     with stream.batches(0, 2, **options) as read:
         jax.tree.map(np.testing.assert_array_equal, list(read), loaded)
 

@@ -93,7 +93,7 @@ def test_row_groups_of_parquet_leave_the_same_folder(in_pieces, tmp_path):
     last = files.read_pieces(
         Path(found[-1].path), interactions, "interactions", "parquet", groups=found[-1].groups
     )
-    assert next(last).place(0) == "row 241"
+    assert next(last).locate(0) == "row 241"
     leaves_the_same(config, tmp_path)
 
 
