@@ -73,6 +73,8 @@ def test_evaluate_writes_what_it_prints(exported):
         "answers",
         "model",
         "model_intervals",
+        "new_items_intervals",
+        "new_users_intervals",
         "model_unmasked",
         "model_intervals_unmasked",
         "baselines",
