@@ -1,14 +1,18 @@
 """Servers that do nothing but HTTP, which `experiments.benchmarks.serving` compares ours with.
 
     python -m experiments.benchmarks.echo_servers bare|starlette PORT
+    python -m experiments.benchmarks.echo_servers kept PORT BUNDLE
 
-Both read the body of a request of `POST /v1/retrieve` into a type of msgspec, and write an answer
-of as many items as it asks for: ids and scores, the same ones each time. "bare" is an application
-of ASGI alone on uvicorn; "starlette" has the routes, requests and responses of Starlette.
+The first two read the body of a request of `POST /v1/retrieve` into a type of msgspec, and write
+an answer of as many items as it asks for: ids and scores, the same ones each time. "bare" is an
+application of ASGI alone on uvicorn; "starlette" has the routes, requests and responses of
+Starlette. "kept" is our server without the model: each request gets the list that was made for the
+first of its length.
 """
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -96,8 +100,28 @@ def make_starlette() -> Any:
     return Starlette(routes=routes)
 
 
-def main(kind: str, port: int) -> None:
+def serve_kept(port: int, folder: str) -> None:
+    """Runs our server, whose retriever makes the first list of each length alone."""
+    from twotower.retrieval.retriever import Retriever
+
+    recommend = Retriever.recommend
+    lists: dict[int, Any] = {}
+
+    def kept(self: Retriever, *whom: Any, k: int = 10, **options: Any) -> Any:
+        if k not in lists:
+            lists[k] = recommend(self, *whom, k=k, **options)
+        return lists[k]
+
+    Retriever.recommend = kept
+    sys.argv[1:] = ["serve", f"--bundle={folder}", f"--port={port}", f"--events={folder}.kept"]
+    runpy.run_module("twotower", run_name="__main__")
+
+
+def main(kind: str, port: int, *folder: str) -> None:
     """Serves until the process is ended."""
+    if kind == "kept":
+        serve_kept(port, *folder)
+        return
     import uvicorn
 
     app = bare if kind == "bare" else make_starlette()
@@ -106,4 +130,4 @@ def main(kind: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -8,10 +8,11 @@ Servers of one process on one core (the last one), asked from the others by wrk 
 packages): ids and scores, for known users and for histories of twenty items that the request
 brings. The bundle is that of `experiments.benchmarks.bundle`, 200,000 items of width 64. Beside
 ours run the servers of `experiments.benchmarks.echo_servers`, which read bodies and write answers
-of the same size and do nothing else; --peer adds the same retriever behind FastAPI, in an
-environment of its own, and --batched our server with --batch_us. All take turns of a few seconds,
-the calls in this process too, so that other work on the machine meets all alike; figures are
-medians over the turns.
+of the same size and do nothing else, and our server without the model, whose lists are kept: what
+of it is HTTP, without what a call costs that finds the caches of the processor cold. --peer adds
+the same retriever behind FastAPI, in an environment of its own, and --batched our server with
+--batch_us. All take turns of a few seconds, the calls in this process too, so that other work on
+the machine meets all alike; figures are medians over the turns.
 
 The HTTP part is the processor time of the server for a request beyond that of the same call in this
 process, on the same core. Promised are 60 us of a core on which a bare application of ASGI takes
@@ -72,7 +73,8 @@ KINDS = ("a known user", "a history", "a history, k=50")
 OURS = "twotower"
 BARE = "bare ASGI"
 # Name of a server that does nothing but HTTP -> its kind.
-ECHOES = {BARE: "bare", "Starlette, msgspec": "starlette"}
+KEPT = "twotower, lists kept"
+ECHOES = {BARE: "bare", "Starlette, msgspec": "starlette", KEPT: "kept"}
 TICKS = os.sysconf("SC_CLK_TCK")
 # Least shares; of the ceiling that both parts leave, and of the HTTP part that is promised.
 FLOORS = {
@@ -455,7 +457,8 @@ def commands(folder: Path, temporary: Path) -> dict[str, Callable[[int], list[st
         return [sys.executable, "-m", "twotower", "serve", f"--bundle={folder}", f"--port={port}"]
 
     def echo(kind: str, port: int) -> list[str]:
-        return [sys.executable, "-m", "experiments.benchmarks.echo_servers", kind, str(port)]
+        command = [sys.executable, "-m", "experiments.benchmarks.echo_servers", kind, str(port)]
+        return [*command, str(folder)] if kind == "kept" else command
 
     found: dict[str, Callable[[int], list[str]]] = {OURS: ours}
     if _BATCHED.value:
