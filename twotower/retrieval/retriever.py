@@ -310,12 +310,8 @@ class Retriever:
         snapshot, scores, positions = self._recommend(
             vectors, user_rows, k, filters, exclude_seen, popularity_weight, rerank
         )
-        # From the snapshot that was searched: an item may be replaced meanwhile.
-        items = _recommendations(snapshot, scores[0], positions[0], shown)
-        # Only for an empty list: counting the matching items goes over all of them.
-        if not items and filters.where:
-            note = _note_of_none(snapshot, filters)
-        return Recommendations(items, known=bool(user_rows[0] >= 0), note=note)
+        known = bool(user_rows[0] >= 0)
+        return _as_list(snapshot, scores[0], positions[0], filters, shown, known=known, note=note)
 
     def recommend_each(
         self,
@@ -373,11 +369,10 @@ class Retriever:
         )
         lists = []
         for number, user in enumerate(users):
-            items = _recommendations(snapshot, scores[number], positions[number], shown)
             note = self._note_of_unknown(user.history)
-            if not items and filters.where:
-                note = _note_of_none(snapshot, filters)
-            lists.append(Recommendations(items, known=bool(user.rows[0] >= 0), note=note))
+            found = scores[number], positions[number]
+            known = bool(user.rows[0] >= 0)
+            lists.append(_as_list(snapshot, *found, filters, shown, known=known, note=note))
         return lists
 
     def recommend_many(
@@ -558,7 +553,7 @@ class Retriever:
             only=only,
             cosine=True,
         )
-        return self._listed(snapshot, scores[0], positions[0], filters, shown)
+        return _as_list(snapshot, scores[0], positions[0], filters, shown)
 
     def popular_items(
         self,
@@ -629,22 +624,7 @@ class Retriever:
             where=filters.where,
             only=only,
         )
-        return self._listed(snapshot, scores, positions, filters, shown)
-
-    def _listed(
-        self,
-        snapshot: Snapshot,
-        scores: np.ndarray,
-        positions: np.ndarray,
-        filters: _Filters,
-        shown: list[str] | None,
-    ) -> Recommendations:
-        """Returns one list, with a note where no item satisfies the conditions."""
-        items = _recommendations(snapshot, scores, positions, shown)
-        note = ""
-        if not items and filters.where:
-            note = _note_of_none(snapshot, filters)
-        return Recommendations(items, note=note)
+        return _as_list(snapshot, scores, positions, filters, shown)
 
     def _time_column(self) -> str:
         """Returns the name of the display column of times.
@@ -1433,6 +1413,25 @@ def _check_options(exclude_seen: bool, popularity_weight: float) -> None:
     # Larger ones overflow in the float32 of a query.
     if not is_number or not abs(popularity_weight) < MAX_WEIGHT:
         raise ConfigError(f"popularity_weight={echo(popularity_weight)} must be a finite number.")
+
+
+def _as_list(
+    snapshot: Snapshot,
+    scores: np.ndarray,
+    positions: np.ndarray,
+    filters: _Filters,
+    shown: list[str] | None,
+    *,
+    known: bool = True,
+    note: str = "",
+) -> Recommendations:
+    """Returns one list, with another note where no item satisfies the conditions."""
+    # From the snapshot that was searched: an item may be replaced meanwhile.
+    items = _recommendations(snapshot, scores, positions, shown)
+    # Only for an empty list: counting the matching items goes over all of them.
+    if not items and filters.where:
+        note = _note_of_none(snapshot, filters)
+    return Recommendations(items, known=known, note=note)
 
 
 def _note_of_none(snapshot: Snapshot, filters: _Filters) -> str:

@@ -96,7 +96,7 @@ class State(msgspec.Struct, frozen=True):
 
     Attributes:
         number: Number of changes to it; the greater one is the newer.
-        locations: Place of each version, in the order in which they came.
+        locations: Location of each version, in the order in which they came.
         routing: Which version answers whom.
         previous: Routing before the last change of it, to go back to.
     """
