@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -120,27 +121,55 @@ def layer(module: str) -> str | None:
     return top if top == "experiments" else (rest[0] if rest else "") if top == "twotower" else None
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Every module that a file imports, anywhere in it, and the line."""
+class Names(NamedTuple):
+    """What the text of a file names.
+
+    Attributes:
+        imports: Every module that it imports, anywhere in it, and the line.
+        addresses: Every kind that it names by its address, to be imported when it is asked for, and
+            the line.
+        read: The attributes that it reads, and those that a loss names as its constants.
+    """
+
+    imports: list[tuple[str, int]]
+    addresses: list[tuple[str, int]]
+    read: set[str]
+
+
+def names_of(path: Path) -> Names:
     package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    return read_names(path.read_text(encoding="utf-8"), package)
+
+
+# Several tests ask of all files: a second walk would cost what the first one does.
+@functools.cache
+def read_names(text: str, package: str) -> Names:
+    """Returns what a file of a package names."""
+    names = Names([], [], set())
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            names.imports.extend((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             above = (
                 package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             )
             module = ".".join([*above, *filter(None, [node.module])])
-            yield from ((f"{module}.{alias.name}", node.lineno) for alias in node.names)
-    yield from addresses(path)
+            names.imports.extend((f"{module}.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, str) and ADDRESS.fullmatch(node.value):
+                names.addresses.append((node.value.replace(":", "."), node.lineno))
+        elif isinstance(node, ast.Attribute):
+            if isinstance(node.ctx, ast.Load):
+                names.read.add(node.attr)
+        elif isinstance(node, ast.keyword) and node.arg == "constants":
+            names.read.update(name.value for name in getattr(node.value, "elts", ()))
+    return names
 
 
-def addresses(path: Path) -> Iterator[tuple[str, int]]:
-    """Every kind that a file names by its address, to be imported when it is asked for, and the
-    line."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Constant) and ADDRESS.fullmatch(str(node.value)):
-            yield str(node.value).replace(":", "."), node.lineno
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Every module that a file imports or names by its address, and the line."""
+    names = names_of(path)
+    return names.imports + names.addresses
 
 
 def arrows_up(path: Path) -> list[str]:
@@ -326,7 +355,7 @@ def test_the_package_and_its_configuration_load_the_standard_library_alone():
 
 def test_what_serves_loads_no_kind_of_feature_or_index_before_a_bundle_has_it():
     registries = [ROOT / "twotower" / file for file in ("features/spec.py", "index/build.py")]
-    kinds = {name for path in registries for name, _ in addresses(path)}
+    kinds = {name for path in registries for name, _ in names_of(path).addresses}
     modules = {kind.rpartition(".")[0] for kind in kinds}
     assert len(modules) >= 9
     # The times of a request are read as those of a feature are.
@@ -347,16 +376,12 @@ def test_a_module_that_loads_too_much_is_named():
 @functools.cache
 def attributes_read() -> set[str]:
     """The names of all attributes that the project reads, its configuration and its experiment
-    files apart; with those that a loss names as its constants."""
+    files apart."""
     read = set()
     for path in sources():
         if path.name in ("config.py", "config_rules.py") or "configs" in path.parts:
             continue
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                read.add(node.attr)
-            if isinstance(node, ast.keyword) and node.arg == "constants":
-                read |= {name.value for name in getattr(node.value, "elts", ())}
+        read |= names_of(path).read
     return read
 
 
