@@ -9,7 +9,7 @@ import jax
 from twotower.config import from_dict
 from twotower.pipeline.prepare import prepare
 from twotower.towers.two_tower import TwoTower
-from twotower.training import loop
+from twotower.training import init, loop
 from twotower.training.candidates import corpus_size
 from twotower.training.init import init_state
 from twotower.training.state import Trainer
@@ -31,6 +31,21 @@ TINY_FEATURES = {
     "user": {"user_id": {"type": "string", "embedding_size": 8}},
     "item": {"item_id": {"type": "string", "embedding_size": 8}},
 }
+
+
+# Options of `config.training` that no program reads: some decide an argument of `jit_steps`.
+OF_THE_LOOP = (
+    "input",
+    "keep_checkpoints",
+    "log_every",
+    "metric",
+    "passes",
+    "patience",
+    "resident_megabytes",
+    "steps_for",
+    "steps_per_dispatch",
+    "validate_every",
+)
 
 
 def small_config(**overrides):
@@ -64,8 +79,13 @@ def make_batches(prepared, config):
 
 def program_key(trainer):
     """All that decides the programs of a trainer, by value: of tables their shapes."""
-    sections = (trainer.config.model, trainer.config.objective, trainer.config.training)
-    options = json.dumps([dataclasses.asdict(section) for section in sections], sort_keys=True)
+    training = dataclasses.asdict(trainer.config.training)
+    for name in OF_THE_LOOP:
+        del training[name]
+    if training["schedule"]["kind"] == "constant":
+        del training["steps"]
+    sections = (trainer.config.model, trainer.config.objective)
+    options = json.dumps([training, *map(dataclasses.asdict, sections)], sort_keys=True)
     inputs = {side: list(inputs.items()) for side, inputs in trainer.model.inputs.items()}
     shapes = {name: (t.rows, t.width, t.norm) for name, t in trainer.model.tables.items()}
     pretrained = [name for name, t in trainer.model.tables.items() if t.initial is not None]
@@ -104,9 +124,10 @@ def jit_step(trainer):
 
 
 @cached_by_program
-def jit_init(trainer):
+def jit_init_state(trainer):
     """counts -> a fresh state."""
     return jax.jit(functools.partial(init_state, trainer))
 
 
 jit_steps = cached_by_program(loop.jit_steps)
+jit_init = cached_by_program(init.jit_init)

@@ -4,7 +4,7 @@ one of them."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -53,31 +53,35 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
         trainer: Model, loss and optimizers.
         counts: Training rows; see `init_state`.
     """
-    # Tables come first, each sharded from its first number on.
-    abstract = abstract_state(trainer, mesh)
     # An argument of both programs: every seed shares them.
     key_data = put(mesh, StepScalars.build(trainer.config.training).key, REPLICATED)
-    tables = _init_tables(mesh, trainer, key_data, abstract)
-    # The tables pass through as they are: an output that is a donated input costs nothing.
-    assemble = jax.jit(
-        lambda key_data, tables, counts: _state_around(
-            trainer, jax.random.wrap_key_data(key_data), tables, counts
-        ),
-        out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
-        donate_argnums=1,
-    )
+    draw, assemble = jit_init(trainer, mesh)
+    # Tables come first, each sharded from its first number on.
+    tables = draw(key_data)
+    for name, shape in abstract_state(trainer, mesh).tables.items():
+        rows = trainer.model.pretrained_rows(name)
+        if rows is not None:
+            tables[name] = put(mesh, pad_rows(rows, shape.shape[0]), SHARDED)
     return assemble(key_data, tables, put(mesh, dict(counts), REPLICATED))
 
 
-def _init_tables(
-    mesh: Mesh, trainer: Trainer, key_data: jax.Array, abstract: TrainState
-) -> dict[str, jax.Array]:
-    """Returns fresh tables, whose rows each device of the mesh draws for itself."""
-    pretrained = {name: trainer.model.pretrained_rows(name) for name in abstract.tables}
-    shardings_of_drawn = {}
-    for name, rows in pretrained.items():
-        if rows is None:
-            shardings_of_drawn[name] = abstract.tables[name].sharding
+def jit_init(trainer: Trainer, mesh: Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Returns the jitted programs of a fresh state.
+
+    Args:
+        trainer: Model, loss and optimizers.
+        mesh: Devices of the run.
+
+    Returns:
+        Data of the key -> the tables that are not pretrained, whose rows each device draws for
+        itself; and (data of the key, all tables, counts) -> the state, with the tables donated.
+    """
+    abstract = abstract_state(trainer, mesh)
+    shardings_of_drawn = {
+        name: abstract.tables[name].sharding
+        for name, table in trainer.model.tables.items()
+        if table.initial is None
+    }
     group = device_group(mesh)
 
     def draw(key_data: jax.Array) -> dict[str, jax.Array]:
@@ -93,16 +97,23 @@ def _init_tables(
             tables[name] = rows
         return tables
 
-    # A row's values depend on the key and its number alone: equal on any number of devices. One
-    # program for all tables, which takes a third of the time of one for each to compile.
-    draw_all = shard_map_if_needed(mesh, draw, (REPLICATED,), SHARDED)
-    drawn = jax.jit(draw_all, out_shardings=shardings_of_drawn)(key_data)
-    kept = {}
-    for name, rows in pretrained.items():
-        if rows is not None:
-            kept[name] = put(mesh, pad_rows(rows, abstract.tables[name].shape[0]), SHARDED)
-    tables = {**drawn, **kept}
-    return {name: tables[name] for name in abstract.tables}
+    def assemble(key_data: jax.Array, tables: dict[str, jax.Array], counts: Any) -> TrainState:
+        return _state_around(trainer, jax.random.wrap_key_data(key_data), tables, counts)
+
+    return (
+        # A row's values depend on the key and its number alone: equal on any number of devices. One
+        # program for all tables, which takes a third of the time of one for each to compile.
+        jax.jit(
+            shard_map_if_needed(mesh, draw, (REPLICATED,), SHARDED),
+            out_shardings=shardings_of_drawn,
+        ),
+        # The tables pass through as they are: an output that is a donated input costs nothing.
+        jax.jit(
+            assemble,
+            out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
+            donate_argnums=1,
+        ),
+    )
 
 
 # A run asks for it four times, and each time all but the tables would be traced. One is kept:
