@@ -44,7 +44,7 @@ from experiments.benchmarks.planning import resident
 from experiments.configs import movielens_1m_sequential
 from twotower.config import Config, from_dict
 from twotower.core.mesh import make_mesh
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 from twotower.pipeline.prepare import PreparedData, prepare
 from twotower.pipeline.streaming import shards
 from twotower.pipeline.streaming.records import RowRecords
@@ -218,7 +218,7 @@ def measure_child(work: str, rows: int, folder: Path) -> None:
     columns = {name: np.asarray(np.load(path, mmap_mode="r")) for name, path in paths.items()}
     ids = {"user": USERS, "item": ITEMS}
     features = {side: {"id": np.arange(count, dtype=np.int32)} for side, count in ids.items()}
-    rows_of_log = Rows(columns["user"], columns["item"], columns["weight"], None, {})
+    rows_of_log = InteractionRows(columns["user"], columns["item"], columns["weight"], None, {})
     records = RowRecords(rows_of_log, features)
     before = resident("VmRSS")
     start = time.perf_counter()

@@ -7,7 +7,7 @@ import pytest
 from tests.conformance import tiny
 from twotower.core.errors import ConfigError
 from twotower.objectives.losses import LOSSES
-from twotower.pipeline.batches import Batches, InteractionExamples, Rows
+from twotower.pipeline.batches import Batches, InteractionExamples, InteractionRows
 
 pytestmark = pytest.mark.slow
 
@@ -107,7 +107,7 @@ def test_a_step_masks_by_id_and_by_user():
 def test_every_batch_is_full_and_no_row_is_lost():
     """A short last batch changes the scale of the loss: batches run on over the passes, each of
     which holds every row once."""
-    rows = Rows(
+    rows = InteractionRows(
         np.arange(10, dtype=np.int32),
         np.arange(10, dtype=np.int32),
         np.ones(10, np.float32),

@@ -12,7 +12,7 @@ from twotower.evaluation.baselines import popularity
 from twotower.evaluation.baselines.make import make_baselines
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 
 DAY = 24 * 3600
 
@@ -20,7 +20,7 @@ DAY = 24 * 3600
 def rows(items, days=None):
     count = len(items)
     timestamp = None if days is None else np.array(days, np.int64) * DAY
-    return Rows(
+    return InteractionRows(
         np.zeros(count, np.int32),
         np.array(items, np.int32),
         np.ones(count, np.float32),

@@ -8,7 +8,7 @@ import pytest
 
 from twotower.core.errors import ConfigError
 from twotower.evaluation.comparison import gate
-from twotower.evaluation.comparison.compare import ALL, Part
+from twotower.evaluation.comparison.compare import ALL, QueryPart
 from twotower.evaluation.comparison.gate import Threshold, judge
 from twotower.evaluation.comparison.records import Record
 from twotower.evaluation.comparison.text import format_judgement
@@ -145,7 +145,7 @@ def test_a_slice_can_fail_what_all_queries_would_let_pass():
     assert judge(standing, candidate, gate.read_thresholds(limit, standing)).verdict == "passes"
     limit["slices"] = {"users=new": {"recall@10": {"share": 0.1}}}
     thresholds = gate.read_thresholds(limit, standing)
-    assert [one.part for one in thresholds] == [ALL, Part("users", "new")]
+    assert [one.part for one in thresholds] == [ALL, QueryPart("users", "new")]
     found = judge(standing, candidate, thresholds)
     assert [one.verdict for one in found.checks] == ["passes", "fails"] and found.exit_code == 1
     # Without a value: each of them.

@@ -13,7 +13,7 @@ from twotower.evaluation.baselines.make import make_baselines
 from twotower.evaluation.baselines.popularity import order_scores, popularity_order
 from twotower.evaluation.evaluate import evaluate
 from twotower.evaluation.queries import Queries, make_queries
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 from twotower.pipeline.prepare import prepare
 from twotower.retrieval.user_items import items_of_users
 
@@ -29,7 +29,7 @@ def random_log(seed=0):
     user = rng.integers(5, USERS, 900).astype(np.int32)
     item = (4 + 36 * rng.random(900) ** 2).astype(np.int32)
     assert len(np.unique(user * ITEMS + item)) < 800
-    return Rows(user, item, np.ones(900, np.float32), None, {})
+    return InteractionRows(user, item, np.ones(900, np.float32), None, {})
 
 
 def lists_of(rows):
@@ -144,7 +144,7 @@ def communities(num_items=60, users=300, own=10):
 
 def test_both_find_what_popularity_cannot():
     train, queries = communities()
-    rows = Rows(
+    rows = InteractionRows(
         train.rows.astype(np.int32), train.values, np.ones(len(train.values), np.float32), None, {}
     )
     popularity = evaluate(order_scores(popularity_order(rows, 60)), queries, (10,), mask_seen=True)[

@@ -13,7 +13,7 @@ from twotower.core.errors import ConfigError
 from twotower.objectives import negatives
 from twotower.objectives.alias import alias_table, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
-from twotower.pipeline.batches import Batches, InteractionExamples, Rows
+from twotower.pipeline.batches import Batches, InteractionExamples, InteractionRows
 from twotower.training.checks import check_negatives
 
 pytestmark = pytest.mark.slow
@@ -29,7 +29,7 @@ def make_rows(counts):
         .permutation(np.repeat(np.arange(len(counts)), counts))
         .astype(np.int32)
     )
-    return Rows(
+    return InteractionRows(
         np.arange(len(item), dtype=np.int32), item, np.ones(len(item), np.float32), None, {}
     )
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tests.objectives.draws import IDS, TRIALS, N, agree
 from twotower.objectives import negatives
 from twotower.objectives.negatives import build_pools, explicit_pools
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 
 pytestmark = pytest.mark.slow
 
@@ -90,13 +90,15 @@ def test_explicit_pools_are_what_was_shown_and_never_taken():
     user = np.array([0, 0, 0, 0, 0, 0, 1, 1, 3], np.int32)
     item = np.array([5, 6, 7, 5, 8, 9, 5, 5, 4], np.int32)
     label = np.array([0, 0, 1, 0, 0, np.nan, 0, 1, 1], np.float32)
-    rows = Rows(user, item, np.ones(9, np.float32), np.array([9, 2, 3, 1, 5, 6, 1, 0, 1]), {})
+    rows = InteractionRows(
+        user, item, np.ones(9, np.float32), np.array([9, 2, 3, 1, 5, 6, 1, 0, 1]), {}
+    )
     pools = explicit_pools(rows, label, num_users=5)
     # Of user 0 the latest first: 5 at time 9, 8 at 5, 6 at 2. User 1 took item 5 in another row.
     assert pools["items"].tolist() == [[5, 8, 6], [-1] * 3, [-1] * 3, [-1] * 3, [-1] * 3]
     assert pools["sizes"].tolist() == [3, 0, 0, 0, 0]
     assert explicit_pools(rows, label, num_users=5, size=2)["items"][0].tolist() == [5, 8]
-    untimed = Rows(user, item, rows.weight, None, {})
+    untimed = InteractionRows(user, item, rows.weight, None, {})
     assert explicit_pools(untimed, label, num_users=5)["items"][0].tolist() == [8, 5, 6]
     assert (
         explicit_pools(untimed, np.ones(9, np.float32), num_users=5)["items"].tolist() == [[-1]] * 5

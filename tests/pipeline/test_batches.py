@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from twotower.core.errors import ConfigError
-from twotower.pipeline.batches import Batches, InteractionExamples, Rows, gather_rows
+from twotower.pipeline.batches import Batches, InteractionExamples, InteractionRows, gather_rows
 
 N = 103
 USERS = 11
@@ -14,7 +14,7 @@ ITEMS = 7
 
 def make_batches(*, batch_size=10, seed=0, resident_megabytes=100):
     rng = np.random.default_rng(0)
-    rows = Rows(
+    rows = InteractionRows(
         user=rng.integers(0, USERS, N).astype(np.int32),
         item=rng.integers(0, ITEMS, N).astype(np.int32),
         weight=rng.random(N, np.float32),

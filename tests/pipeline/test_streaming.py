@@ -13,7 +13,7 @@ from tests.pipeline.history_log import LEAKS, prepare_log, write_log
 from twotower.config import from_dict
 from twotower.core.errors import ConfigError, FolderError
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.batches import InteractionExamples, Rows, join_parts
+from twotower.pipeline.batches import InteractionExamples, InteractionRows, join_parts
 from twotower.pipeline.engines.engine import prepare_folder
 from twotower.pipeline.sequences import SequenceExamples, SequencePacking
 from twotower.pipeline.streaming import shards
@@ -46,7 +46,7 @@ def test_a_pass_has_every_example_once(count):
 
 def drawn_rows():
     rng = np.random.default_rng(0)
-    return Rows(
+    return InteractionRows(
         user=rng.integers(0, 11, N).astype(np.int32),
         item=np.arange(N, dtype=np.int32),
         weight=rng.random(N, np.float32),

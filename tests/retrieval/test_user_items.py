@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 from twotower.retrieval.user_items import (
     items_of_users,
     latest_rows,
@@ -13,7 +13,7 @@ from twotower.retrieval.user_items import (
 
 def rows(user, item, timestamp):
     count = len(user)
-    return Rows(
+    return InteractionRows(
         np.array(user, np.int32),
         np.array(item, np.int32),
         np.ones(count, np.float32),
@@ -38,7 +38,9 @@ def test_of_equal_times_the_order_of_the_log_is_kept():
 
 def test_a_part_without_rows_takes_no_times_from_the_others():
     part = rows([0, 0], [1, 2], [20, 10])
-    empty = Rows(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), None, {})
+    empty = InteractionRows(
+        np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32), None, {}
+    )
     for parts in ([part], [empty, part], [part, empty]):
         assert time_order(parts).tolist() == [1, 0]
         assert items_of_users(parts, num_users=1)[0].tolist() == [2, 1]

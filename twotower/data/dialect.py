@@ -14,7 +14,7 @@ from twotower.config import TableConfig
 from twotower.data.guess import is_known_name
 from twotower.data.sources import content, delimited, files
 
-Rows = list[list[str]]
+FieldRows = list[list[str]]
 
 _LINES = 1_000  # lines that are looked at
 # Share of the lines that must have as many fields as the header.
@@ -114,7 +114,7 @@ def _all_begin(lines: Sequence[str]) -> bool:
     return all(line.startswith("#") for line in lines)
 
 
-def _divide(lines: Sequence[str], delimiter: str) -> Rows:
+def _divide(lines: Sequence[str], delimiter: str) -> FieldRows:
     if delimiter == delimited.WHITESPACE:
         return [line.split() for line in lines]
     if len(delimiter) > 1:
@@ -187,7 +187,7 @@ def _words_of(delimiter: str) -> str:
     return {delimited.WHITESPACE: "white space", "\t": "tabs"}.get(delimiter, repr(delimiter))
 
 
-def _table_form(rows: Rows, config: TableConfig, delimiter: str) -> FileForm:
+def _table_form(rows: FieldRows, config: TableConfig, delimiter: str) -> FileForm:
     written = "whitespace" if delimiter == delimited.WHITESPACE else delimiter
     config = dataclasses.replace(config, delimiter=written)
     words = f"fields between {_words_of(delimiter)}"
@@ -204,7 +204,7 @@ def _table_form(rows: Rows, config: TableConfig, delimiter: str) -> FileForm:
     return FileForm("csv", config, f"{words}, without a header")
 
 
-def _has_decimal_commas(rows: Rows) -> bool:
+def _has_decimal_commas(rows: FieldRows) -> bool:
     """Returns whether a column is numbers such as 12,5 and none is numbers such as 12.5."""
     columns = list(zip(*(row for row in rows[1:] if len(row) == len(rows[0]))))
     has_commas = any(_are_decimals(column, ",") for column in columns)
@@ -217,7 +217,7 @@ def _are_decimals(values: Sequence[str], mark: str) -> bool:
     return has_mark and all(re.fullmatch(number, value) for value in values)
 
 
-def has_header(rows: Rows) -> bool:
+def has_header(rows: FieldRows) -> bool:
     """Returns whether the first of some rows names the columns.
 
     >>> has_header([["user", "item"], ["u1", "i1"]]), has_header([["u2", "i3"], ["u1", "i1"]])
@@ -249,7 +249,7 @@ def _shape(text: str) -> str:
     return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d+", "9", text))
 
 
-def _is_matrix(rows: Rows) -> bool:
+def _is_matrix(rows: FieldRows) -> bool:
     """Returns whether rows are users by items, with each user once."""
     below = [row for row in rows[1:] if len(row) == len(rows[0])]
     columns = [pa.array(values) for values in zip(*below)]

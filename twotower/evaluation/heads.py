@@ -18,7 +18,7 @@ from twotower.core.errors import ScoreError
 from twotower.evaluation.intervals import interval_table
 from twotower.objectives.heads import head_logits
 from twotower.objectives.labels import LABEL, label_logit, learns_label
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.embed import embed_rows
 from twotower.towers.two_tower import TwoTower, Weights
@@ -27,7 +27,7 @@ NUM_BINS = 15  # bins of probabilities, as Guo et al. have
 # Rows whose logits are computed at once: the vectors of a long log need not be held together.
 BLOCK_ROWS = 2**17
 
-Vectors = np.ndarray | jax.Array
+TowerVectors = np.ndarray | jax.Array
 # Head -> metric -> value, or a curve.
 HeadMetrics = dict[str, dict[str, Any]]
 # (logits [N], labels [N], weights [N]) -> a number
@@ -187,7 +187,9 @@ def make_head_metrics(
     heads = objective.heads
     apply_heads = jax.jit(lambda params, users, items: head_logits(heads, params, users, items))
 
-    def apply(params: Mapping[str, Any], users: Vectors, items: Vectors) -> dict[str, Any]:
+    def apply(
+        params: Mapping[str, Any], users: TowerVectors, items: TowerVectors
+    ) -> dict[str, Any]:
         logits: dict[str, Any] = {}
         if heads:
             logits = dict(apply_heads(params["heads"], users, items))
@@ -302,7 +304,7 @@ def flatten_metrics(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, flo
     return flat
 
 
-def _labelled(rows: Rows, label: str, max_rows: int) -> np.ndarray:
+def _labelled(rows: InteractionRows, label: str, max_rows: int) -> np.ndarray:
     """Returns the positions, int64, of rows that have a label, a weight and an item."""
     is_labelled = ~np.isnan(rows.labels[label])
     # An item outside of the corpus has no vector.
@@ -313,7 +315,11 @@ def _labelled(rows: Rows, label: str, max_rows: int) -> np.ndarray:
 
 
 def _logits(
-    prepared: PreparedData, model: TwoTower, weights: Weights, rows: Rows, apply: Callable
+    prepared: PreparedData,
+    model: TwoTower,
+    weights: Weights,
+    rows: InteractionRows,
+    apply: Callable,
 ) -> dict[str, np.ndarray]:
     """Returns the logits [N] of each head, computed a block of rows at a time."""
     # Each item is embedded once; a user differs from row to row by its context.

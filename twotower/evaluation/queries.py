@@ -13,7 +13,7 @@ import pyarrow as pa
 from twotower.config import SplitConfig
 from twotower.core.arrays import Ragged, count_values, evenly_spaced, stable_argsort
 from twotower.core.errors import ConfigError, choose
-from twotower.pipeline.batches import SPANS, Rows
+from twotower.pipeline.batches import SPANS, InteractionRows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.user_items import items_of_users, time_order
 
@@ -216,7 +216,7 @@ def usual_targets(split: str, config: SplitConfig) -> str:
     return "successive" if split == "train" else ""
 
 
-def _target_rows(rows: Rows, targets: str, seed: int) -> np.ndarray:
+def _target_rows(rows: InteractionRows, targets: str, seed: int) -> np.ndarray:
     """Returns the positions of the rows that are to be found, rising, int64 [Q]."""
     if targets == "successive":
         return np.arange(len(rows))
@@ -230,7 +230,9 @@ def _target_rows(rows: Rows, targets: str, seed: int) -> np.ndarray:
     return np.sort(target[target >= 0])
 
 
-def _seen_before(earlier: Sequence[Rows], rows: Rows, chosen: np.ndarray) -> Ragged:
+def _seen_before(
+    earlier: Sequence[InteractionRows], rows: InteractionRows, chosen: np.ndarray
+) -> Ragged:
     """Returns the distinct items of all rows of a user before the moment of each chosen row.
 
     Rows of one moment do not know of each other; without times each row is a moment.
@@ -275,7 +277,7 @@ def _seen_before(earlier: Sequence[Rows], rows: Rows, chosen: np.ndarray) -> Rag
 
 
 def _query_per_interaction(
-    rows: Rows, item_ids: pa.ChunkedArray, *, seen: Ragged, counts: np.ndarray
+    rows: InteractionRows, item_ids: pa.ChunkedArray, *, seen: Ragged, counts: np.ndarray
 ) -> Queries:
     """Makes a query of each row, whose item is the relevant one."""
     del item_ids  # a query has one item: no ids are needed to count distinct missing ones
@@ -294,7 +296,7 @@ def _query_per_interaction(
 
 
 def _query_per_user(
-    rows: Rows, item_ids: pa.ChunkedArray, *, seen: Ragged, counts: np.ndarray
+    rows: InteractionRows, item_ids: pa.ChunkedArray, *, seen: Ragged, counts: np.ndarray
 ) -> Queries:
     """Makes a query of each user, to whom the distinct items of all its rows are relevant."""
     user, first, query = np.unique(rows.user, return_index=True, return_inverse=True)

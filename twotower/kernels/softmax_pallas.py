@@ -87,7 +87,7 @@ class PallasOptions(NamedTuple):
     interpret: bool = False
 
 
-class Rows(NamedTuple):
+class VectorsAndIds(NamedTuple):
     """Queries or candidates: N vectors, and the ids by which pairs of them are masked."""
 
     vectors: Float[Array, "N D"]
@@ -295,19 +295,21 @@ def _pad_vectors(options: PallasOptions, vectors: jax.Array, count: int) -> jax.
     return _pad(widened, count)
 
 
-def _queries(options: PallasOptions, queries: jax.Array, ids: LossIds, count: int) -> Rows:
+def _queries(options: PallasOptions, queries: jax.Array, ids: LossIds, count: int) -> VectorsAndIds:
     vectors = _pad_vectors(options, queries, count)
-    return Rows(vectors, _pad(ids.positives, count), _pad(ids.queries, count))
+    return VectorsAndIds(vectors, _pad(ids.positives, count), _pad(ids.queries, count))
 
 
 def _candidates(
     options: PallasOptions, items: jax.Array, ids: LossIds, count: int
-) -> tuple[Rows, jax.Array]:
+) -> tuple[VectorsAndIds, jax.Array]:
     """Returns the candidates, and the number added to each one's scores, in bits; -inf for
     padding."""
     vectors = _pad_vectors(options, items, count)
     levels = jnp.where(ids.candidates >= 0, -ids.candidate_log_counts * _BITS, -jnp.inf)
-    candidates = Rows(vectors, _pad(ids.candidates, count), _pad(ids.candidate_queries, count))
+    candidates = VectorsAndIds(
+        vectors, _pad(ids.candidates, count), _pad(ids.candidate_queries, count)
+    )
     return candidates, _pad(levels, count, -jnp.inf)
 
 
@@ -412,7 +414,9 @@ def _call(
     )(*rows, *columns)
 
 
-def _masked_scores(options: PallasOptions, rows: Rows, columns: Rows) -> jax.Array:
+def _masked_scores(
+    options: PallasOptions, rows: VectorsAndIds, columns: VectorsAndIds
+) -> jax.Array:
     """Returns the dot products of rows and columns; -inf where a candidate is no negative."""
     scores = plgpu.dot(rows.vectors, columns.vectors, trans_b=True)
     masked = rows.item_ids[:, None] == columns.item_ids[None, :]
@@ -421,9 +425,9 @@ def _masked_scores(options: PallasOptions, rows: Rows, columns: Rows) -> jax.Arr
     return jnp.where(masked, -jnp.inf, scores)
 
 
-def _load(refs: Rows, first: int | jax.Array, count: int) -> Rows:
+def _load(refs: VectorsAndIds, first: int | jax.Array, count: int) -> VectorsAndIds:
     at = pl.ds(first, count)
-    return Rows(refs.vectors[at, :], refs.item_ids[at], refs.query_ids[at])
+    return VectorsAndIds(refs.vectors[at, :], refs.item_ids[at], refs.query_ids[at])
 
 
 def _sum_kernel(options: PallasOptions, layout: Layout, row_refs, column_refs, levels, *outputs):

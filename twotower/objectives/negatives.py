@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from twotower.core.arrays import pair_keys
 from twotower.objectives.alias import AliasTable
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 
 # A function of ids [...]: log of the expected number of times that a source yields each in a step,
 # float32 [...].
@@ -224,7 +224,7 @@ def build_pools(users: np.ndarray, items: np.ndarray, *, num_users: int, size: i
 
 
 def explicit_pools(
-    rows: Rows, label: np.ndarray, *, num_users: int, size: int = MAX_EXPLICIT_ITEMS
+    rows: InteractionRows, label: np.ndarray, *, num_users: int, size: int = MAX_EXPLICIT_ITEMS
 ) -> Pools:
     """Makes pools of the items that each user was shown and did not take: those of its latest rows
     whose label is 0.

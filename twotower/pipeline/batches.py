@@ -34,7 +34,7 @@ Features = Mapping[str, Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class InteractionRows:
     """Interactions as arrays.
 
     Attributes:
@@ -68,11 +68,11 @@ class Rows:
             "labels": dict(self.labels),
         }
 
-    def take(self, index: np.ndarray) -> Rows:
+    def take(self, index: np.ndarray) -> InteractionRows:
         """Returns some of the rows, by position or by mask."""
         # A tree with None for missing times, which `map` leaves out.
         arrays = tuple(getattr(self, field.name) for field in dataclasses.fields(self))
-        return Rows(*jax.tree.map(lambda x: x[index], arrays))
+        return InteractionRows(*jax.tree.map(lambda x: x[index], arrays))
 
 
 # The name, in the context of a row, of the span of its history.
@@ -149,7 +149,9 @@ class InteractionExamples:
 
     name = "training rows"
 
-    def __init__(self, rows: Rows, features: Features, histories: EventSpans | None = None) -> None:
+    def __init__(
+        self, rows: InteractionRows, features: Features, histories: EventSpans | None = None
+    ) -> None:
         self.data = rows.arrays() | {
             "user_features": dict(features["user"]),
             "item_features": dict(features["item"]),

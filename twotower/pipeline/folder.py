@@ -39,7 +39,7 @@ from twotower.data.report import DataReport
 from twotower.features.encoder import Encoder
 from twotower.features.history import read_arrays
 from twotower.features.spec import from_mappings, load_spec
-from twotower.pipeline.batches import SPANS, Rows
+from twotower.pipeline.batches import SPANS, InteractionRows
 from twotower.pipeline.event_weights import with_event_weights
 from twotower.pipeline.histories import Histories
 from twotower.pipeline.labels import label_columns
@@ -344,7 +344,7 @@ def arrays_of(prepared: PreparedData) -> Tree:
     """Returns the arrays of prepared data by the names of its fields."""
     tree: dict[str, Any] = {"features": prepared.features}
     for part in PARTS:
-        rows: Rows = getattr(prepared, part)
+        rows: InteractionRows = getattr(prepared, part)
         # The spans are stored once, with the histories.
         context = {name: x for name, x in rows.context.items() if name != SPANS}
         tree[part] = vars(rows) | {"context": context}
@@ -375,11 +375,11 @@ def put(tree: dict[str, Any], path: list[str], array: Any) -> None:
     tree[name] = array
 
 
-def _load_rows(arrays: Tree, histories: Histories | None, part: str) -> Rows:
+def _load_rows(arrays: Tree, histories: Histories | None, part: str) -> InteractionRows:
     context = dict(arrays.get("context", {}))
     if histories is not None:
         context[SPANS] = histories.spans[part]
-    return Rows(
+    return InteractionRows(
         user=arrays["user"],
         item=arrays["item"],
         weight=arrays["weight"],

@@ -18,7 +18,7 @@ from twotower.data.contract import KEYS
 from twotower.data.interactions import Split
 from twotower.data.report import format_share
 from twotower.features.encoder import Encoder
-from twotower.pipeline.batches import Features, Rows
+from twotower.pipeline.batches import Features, InteractionRows
 from twotower.pipeline.labels import check_label_values, label_columns
 from twotower.pipeline.prepare import (
     FurtherRows,
@@ -208,7 +208,7 @@ def _with_test(raw: Split, rows: pa.Table) -> Split:
     return Split(raw.train, raw.validation, rows, file_positions=file_positions)
 
 
-def _say_known(test: Rows, prepared: PreparedData, said: list[str]) -> None:
+def _say_known(test: InteractionRows, prepared: PreparedData, said: list[str]) -> None:
     """Says how many rows training knows, or may know of."""
     train = prepared.train
     total = len(test)

@@ -35,7 +35,13 @@ from twotower.data.tables import check_time_range
 from twotower.features.encoder import Encoder
 from twotower.features.fit import fit_encoder
 from twotower.features.spec import FeatureSpec, load_spec
-from twotower.pipeline.batches import SPANS, Examples, Features, InteractionExamples, Rows
+from twotower.pipeline.batches import (
+    SPANS,
+    Examples,
+    Features,
+    InteractionExamples,
+    InteractionRows,
+)
 from twotower.pipeline.describe import check_log, check_times, describe_data, list_separators
 from twotower.pipeline.event_weights import (
     check_any_weight,
@@ -100,9 +106,9 @@ class PreparedData:
     config: Config
     users: pa.Table
     items: pa.Table
-    train: Rows
-    validation: Rows
-    test: Rows
+    train: InteractionRows
+    validation: InteractionRows
+    test: InteractionRows
     encoder: Encoder
     features: Features
     truth: TruePreferences | None
@@ -160,7 +166,8 @@ class PreparedData:
 
         Args:
             users: Rows of the users table, int32 [N].
-            context: Encoded features of each row, {name: [N, ...]}, such as `Rows.context` has.
+            context: Encoded features of each row, {name: [N, ...]}, as in
+                `InteractionRows.context`.
         """
         features = {name: values[users] for name, values in self.features["user"].items()}
         features |= context
@@ -196,16 +203,16 @@ class PreparedData:
         Args:
             part: "train", "validation" or "test".
         """
-        rows: Rows = getattr(self, part)
+        rows: InteractionRows = getattr(self, part)
         label = self.config.objective.label
         if not label:
             return np.ones(len(rows), bool)
         # A missing label is NaN, which equals nothing: such a row is no positive.
         return rows.labels[label] == 1
 
-    def positives(self, part: str) -> Rows:
+    def positives(self, part: str) -> InteractionRows:
         """Returns the rows that `is_positive` marks."""
-        rows: Rows = getattr(self, part)
+        rows: InteractionRows = getattr(self, part)
         # Without a label no copy of the log is made.
         if not self.config.objective.label:
             return rows
@@ -521,7 +528,7 @@ def encode_rows(
     encoder: Encoder,
     labels: Mapping[str, str],
     event_weights: Mapping[str, float],
-) -> Rows:
+) -> InteractionRows:
     """Returns the rows of one part of the split as arrays.
 
     Args:
@@ -532,7 +539,7 @@ def encode_rows(
         labels: Columns that are labels.
         event_weights: Weight by kind of event.
     """
-    return Rows(
+    return InteractionRows(
         user=user,
         item=item,
         weight=read_weights(rows, event_weights),
@@ -543,8 +550,8 @@ def encode_rows(
 
 
 def with_histories(
-    encoder: Encoder, parts: Split, rows: Sequence[Rows], num_users: int
-) -> tuple[Histories | None, list[Rows]]:
+    encoder: Encoder, parts: Split, rows: Sequence[InteractionRows], num_users: int
+) -> tuple[Histories | None, list[InteractionRows]]:
     """Puts the span of its history into the context of each row, where users have histories.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from twotower.features.inputs import HISTORY_POSITION, HISTORY_SEGMENT
-from twotower.pipeline.batches import SPANS, Batch, Features, Rows, read_events
+from twotower.pipeline.batches import SPANS, Batch, Features, InteractionRows, read_events
 from twotower.pipeline.histories import Histories
 
 
@@ -197,7 +197,11 @@ class SequenceExamples:
     """
 
     def __init__(
-        self, rows: Rows, features: Features, histories: Histories, packing: SequencePacking
+        self,
+        rows: InteractionRows,
+        features: Features,
+        histories: Histories,
+        packing: SequencePacking,
     ) -> None:
         self.name = f"packed rows of {packing.num_slots} events"
         self.data = sequence_data(rows, features, histories)
@@ -214,7 +218,9 @@ class SequenceExamples:
         return gather_sequences(data, index)
 
 
-def sequence_data(rows: Rows, features: Features, histories: Histories) -> dict[str, Any]:
+def sequence_data(
+    rows: InteractionRows, features: Features, histories: Histories
+) -> dict[str, Any]:
     """Returns the arrays that `gather_sequences` reads: training rows by user and time.
 
     Row and event are the same thing here: event i of the histories is row i.

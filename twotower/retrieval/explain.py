@@ -14,7 +14,7 @@ from twotower.features.base import join_lists
 
 if TYPE_CHECKING:  # a bundle loads the kinds of features that it has
     from twotower.features.history import HistoryFeature
-    from twotower.retrieval.requests import Rows
+    from twotower.retrieval.requests import RequestRows
     from twotower.retrieval.retriever import Retriever
 
 # Raw rows of users -> encoded features, [B, ...] each; `UserRows.encode` is one.
@@ -121,7 +121,7 @@ def explain_user(
     shown: Sequence[str],
     user: Any = None,
     *,
-    rows: Rows | None = None,
+    rows: RequestRows | None = None,
     events: Sequence[Any] | None = None,
 ) -> list[Reason | None]:
     """Returns the reasons of items of a list that a retriever recommends to a user.

@@ -27,7 +27,7 @@ from twotower.index.exact import top_k
 from twotower.index.recall import list_ndcg, list_recall
 from twotower.index.vectors import Int8Vectors, error_bound, quantize
 from twotower.objectives.labels import label_logit
-from twotower.pipeline.batches import SPANS, Rows
+from twotower.pipeline.batches import SPANS, InteractionRows
 from twotower.pipeline.prepare import PreparedData
 from twotower.plugins import make_record
 from twotower.retrieval import golden
@@ -178,7 +178,7 @@ def describe_data(prepared: PreparedData) -> dict[str, Any]:
 
 
 def events_of_items(
-    prepared: PreparedData, positives: Sequence[Rows], rows: np.ndarray
+    prepared: PreparedData, positives: Sequence[InteractionRows], rows: np.ndarray
 ) -> pa.Table | None:
     """Returns the time and the kind of event of some rows, as far as the log has them.
 
@@ -318,7 +318,7 @@ def item_counts(prepared: PreparedData) -> np.ndarray:
     return np.bincount(trained[trained >= 0], minlength=len(prepared.items))
 
 
-def all_rows(prepared: PreparedData) -> tuple[Rows, Rows, Rows]:
+def all_rows(prepared: PreparedData) -> tuple[InteractionRows, InteractionRows, InteractionRows]:
     """Returns the rows of all parts, in the order of the joined log."""
     return prepared.train, prepared.validation, prepared.test
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # the bundle loads what matching ids needs not
     from twotower.retrieval.bundle import Bundle
 
 # A table or a frame, or rows: a mapping of columns to values each.
-Rows = pa.Table | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+RequestRows = pa.Table | Sequence[Mapping[str, Any]] | Mapping[str, Any]
 # Values of one column, in a type of Arrow or as a caller wrote them.
 Values = pa.ChunkedArray | Sequence[Any]
 PlainValue = str | list[str]  # a value of a column that needs no reading

@@ -44,7 +44,7 @@ from twotower.retrieval.requests import (
     IdColumn,
     Naming,
     ReadColumn,
-    Rows,
+    RequestRows,
     as_display,
     as_table,
     feature_readers,
@@ -247,7 +247,7 @@ class Retriever:
         self,
         user: Any = None,
         *,
-        rows: Rows | None = None,
+        rows: RequestRows | None = None,
         events: Sequence[Any] | None = None,
         encoded: EncodedUser | None = None,
         k: int = 10,
@@ -651,7 +651,7 @@ class Retriever:
         self,
         user: Any = None,
         *,
-        rows: Rows | None = None,
+        rows: RequestRows | None = None,
         events: Sequence[Any] | None = None,
         names: Mapping[str, str] | None = None,
         strict: bool = True,
@@ -678,7 +678,7 @@ class Retriever:
         self,
         user: Any = None,
         *,
-        rows: Rows | None = None,
+        rows: RequestRows | None = None,
         events: Sequence[Any] | None = None,
     ) -> pa.Table:
         """Returns the raw row by which `recommend` would encode a user, its history included.
@@ -744,7 +744,11 @@ class Retriever:
         )
 
     def encode_request(
-        self, user: Any = None, *, rows: Rows | None = None, events: Sequence[Any] | None = None
+        self,
+        user: Any = None,
+        *,
+        rows: RequestRows | None = None,
+        events: Sequence[Any] | None = None,
     ) -> EncodedUser:
         """Returns a user as `recommend` takes it, so that several lists share the work.
 
@@ -868,7 +872,7 @@ class Retriever:
         return items
 
     def encode_users(
-        self, rows: Rows, *, names: Mapping[str, str] | None = None, strict: bool = True
+        self, rows: RequestRows, *, names: Mapping[str, str] | None = None, strict: bool = True
     ) -> np.ndarray:
         """Returns the vectors of raw user features, float32 [B, D].
 
@@ -897,7 +901,7 @@ class Retriever:
         return vectors
 
     def encode_items(
-        self, rows: Rows, *, names: Mapping[str, str] | None = None, strict: bool = True
+        self, rows: RequestRows, *, names: Mapping[str, str] | None = None, strict: bool = True
     ) -> np.ndarray:
         """Returns the vectors of raw item features, float32 [N, D], such as those of new items.
 
@@ -934,7 +938,7 @@ class Retriever:
 
     def upsert(
         self,
-        rows: Rows,
+        rows: RequestRows,
         *,
         vectors: ArrayLike | None = None,
         names: Mapping[str, str] | None = None,
@@ -1103,7 +1107,7 @@ class Retriever:
         check_fields(dict.fromkeys(map(str, listed)), known, "columns: the bundle")
         return listed
 
-    def _read_items(self, rows: Rows, naming: Naming) -> pa.Table:
+    def _read_items(self, rows: RequestRows, naming: Naming) -> pa.Table:
         """Returns the rows of items in the form of the bundle's own."""
         known = ["item_id"]
         for feature in self.bundle.encoder.spec.item.values():
@@ -1114,7 +1118,7 @@ class Retriever:
         return read_rows(rows, known, naming, self._item_readers, key="item_id")
 
     def _encode_request(
-        self, rows: Rows | None, user: Any, events: Sequence[Any] | None, naming: Naming
+        self, rows: RequestRows | None, user: Any, events: Sequence[Any] | None, naming: Naming
     ) -> tuple[np.ndarray, np.ndarray, list[str]]:
         """Returns the vector [1, D] of the row of a request, that user's row, and the history."""
         read, user_rows, history = self._read_request(rows, user, events, naming)
@@ -1157,7 +1161,7 @@ class Retriever:
         return [user for user in users if user is not None]
 
     def _read_request(
-        self, rows: Rows | None, user: Any, events: Sequence[Any] | None, naming: Naming
+        self, rows: RequestRows | None, user: Any, events: Sequence[Any] | None, naming: Naming
     ) -> tuple[ReadUser, np.ndarray, list[str]]:
         """Returns the row of a request as the tower takes it, that user's row, and the history."""
         if events is not None:
@@ -1182,7 +1186,7 @@ class Retriever:
         return self.user_rows.encode_one(row), np.array([user_row]), history
 
     def _read_events(
-        self, rows: Rows | None, user: Any, events: Sequence[Any], naming: Naming
+        self, rows: RequestRows | None, user: Any, events: Sequence[Any], naming: Naming
     ) -> tuple[ReadUser, np.ndarray, list[str]]:
         """Returns what `_read_request` does, of a user with further events."""
         # A known user who brings a history, or features, past Arrow's tables.
@@ -1212,7 +1216,7 @@ class Retriever:
         return read, user_rows, list(dict.fromkeys(history))
 
     def _row_with_events(
-        self, rows: Rows | None, user: Any, events: Sequence[Any], naming: Naming
+        self, rows: RequestRows | None, user: Any, events: Sequence[Any], naming: Naming
     ) -> tuple[pa.Table, list[str], str | None]:
         """Returns the row of a user with further events, the items of these, and the id."""
         user_id = None
@@ -1225,7 +1229,7 @@ class Retriever:
                 (user_id,) = given["user_id"].to_pylist()
         return *self.user_rows.with_events(user_id, given, events, naming), user_id
 
-    def _one_user(self, rows: Rows, user: Any, naming: Naming) -> pa.Table:
+    def _one_user(self, rows: RequestRows, user: Any, naming: Naming) -> pa.Table:
         """Returns the one row of user features that `recommend` takes, with the id if there is one.
 
         Raises:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from twotower.core.arrays import Ragged, pair_keys, stable_argsort
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 
 # Rows that are looked through at once.
 _BLOCK = 2**22
 
 
 def items_of_users(
-    parts: Sequence[Rows], *, num_users: int, asked: np.ndarray | None = None
+    parts: Sequence[InteractionRows], *, num_users: int, asked: np.ndarray | None = None
 ) -> Ragged:
     """Returns the distinct items of each user in all `parts`, the latest last.
 
@@ -45,7 +45,7 @@ def items_of_users(
     return lists.distinct(keep="last")
 
 
-def _rows_of(rows: Rows, is_asked: np.ndarray) -> Rows:
+def _rows_of(rows: InteractionRows, is_asked: np.ndarray) -> InteractionRows:
     """Returns users, items and times of the rows of some users.
 
     Args:
@@ -59,7 +59,7 @@ def _rows_of(rows: Rows, is_asked: np.ndarray) -> Rows:
     times = None
     if rows.timestamp is not None:
         times = rows.timestamp[index]
-    return Rows(rows.user[index], rows.item[index], rows.weight[index], times, {})
+    return InteractionRows(rows.user[index], rows.item[index], rows.weight[index], times, {})
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -67,7 +67,7 @@ def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def rows_of_items(parts: Sequence[Rows], items: Ragged) -> np.ndarray:
+def rows_of_items(parts: Sequence[InteractionRows], items: Ragged) -> np.ndarray:
     """Returns the latest row of each user with each item, among the joined parts, int64 [pairs].
 
     Args:
@@ -83,7 +83,7 @@ def rows_of_items(parts: Sequence[Rows], items: Ragged) -> np.ndarray:
     return latest_first[first[position]]
 
 
-def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:
+def latest_rows(parts: Sequence[InteractionRows], *, num_users: int) -> np.ndarray:
     """Returns the position of each user's latest row among the joined parts, int64 [num_users].
 
     It is -1 of a user without rows.
@@ -95,7 +95,7 @@ def latest_rows(parts: Sequence[Rows], *, num_users: int) -> np.ndarray:
     return latest
 
 
-def time_order(parts: Sequence[Rows]) -> np.ndarray:
+def time_order(parts: Sequence[InteractionRows]) -> np.ndarray:
     """Returns the positions of the joined rows in order of time, int64 [rows of all parts].
 
     Rows of one time keep the order of the log, and so do all rows where a part with rows has no
@@ -108,7 +108,7 @@ def time_order(parts: Sequence[Rows]) -> np.ndarray:
     return stable_argsort(times)
 
 
-def _joined_times(parts: Sequence[Rows]) -> np.ndarray | None:
+def _joined_times(parts: Sequence[InteractionRows]) -> np.ndarray | None:
     """Returns the times of the joined rows; None where a part with rows has none."""
     # A part without rows has no times either, and says nothing of the others.
     times = [part.timestamp for part in parts if len(part)]

@@ -24,7 +24,7 @@ from twotower.objectives.alias import AliasTable, popularity_table
 from twotower.objectives.frequency import FREQUENCIES
 from twotower.objectives.losses import PointwiseLoss
 from twotower.objectives.negatives import LogExpectedCount, explicit_pools
-from twotower.pipeline.batches import Batch, Examples, Features, Rows
+from twotower.pipeline.batches import Batch, Examples, Features, InteractionRows
 from twotower.training.checks import check_negatives, uses_negatives
 
 
@@ -325,7 +325,7 @@ class TrainingData(Protocol):
         ...
 
     @property
-    def train(self) -> Rows:
+    def train(self) -> InteractionRows:
         """Training rows."""
         ...
 

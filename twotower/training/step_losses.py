@@ -39,7 +39,7 @@ from twotower.training.state import Trainer, TrainState
 
 # Side -> vectors. "user": one of each row of the batch, [B, D]. "item": those of the rows, then the
 # shared samples, then the hard negatives row by row.
-Vectors = Mapping[str, jax.Array]
+SideVectors = Mapping[str, jax.Array]
 
 
 def task_weights(objective: ObjectiveConfig) -> dict[str, float]:
@@ -66,7 +66,7 @@ def weight_sums(objective: ObjectiveConfig, batch: Batch) -> dict[str, jax.Array
 def loss_sums(
     trainer: Trainer,
     params: Mapping[str, Any],
-    vectors: Vectors,
+    vectors: SideVectors,
     batch: Batch,
     sampled: SampledItems,
     state: TrainState,
@@ -158,7 +158,7 @@ def _pointwise_sum(
 def _user_loss_inputs(
     objective: ObjectiveConfig,
     sampling: NegativeSampling,
-    vectors: Vectors,
+    vectors: SideVectors,
     batch: Batch,
     sampled: SampledItems,
     state: TrainState,
@@ -220,7 +220,7 @@ def _user_loss_inputs(
 def _item_loss_inputs(
     objective: ObjectiveConfig,
     sampling: NegativeSampling,
-    vectors: Vectors,
+    vectors: SideVectors,
     batch: Batch,
     frequency: dict[str, Any],
     group: DeviceGroup,

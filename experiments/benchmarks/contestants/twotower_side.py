@@ -152,7 +152,7 @@ def _fit(
     from twotower.config import from_dict
     from twotower.core.mesh import make_mesh
     from twotower.features.inputs import Input, TableShape
-    from twotower.pipeline.batches import Batches, InteractionExamples, Rows
+    from twotower.pipeline.batches import Batches, InteractionExamples, InteractionRows
     from twotower.towers.two_tower import TwoTower
     from twotower.training.candidates import CorpusSize
     from twotower.training.init import init_on
@@ -165,7 +165,7 @@ def _fit(
     shapes = {f"{side}.id": TableShape(rows=rows + 1, width=width) for side, rows in sizes.items()}
     model = TwoTower.build_from(config.model, inputs, shapes)
     trainer = Trainer.build(config, model, CorpusSize(sizes["user"], sizes["item"], 0))
-    rows = Rows(users, items, np.ones(len(users), np.float32), None, {})
+    rows = InteractionRows(users, items, np.ones(len(users), np.float32), None, {})
     features = {
         side: {"id": np.arange(1, rows + 1, dtype=np.int32)} for side, rows in sizes.items()
     }

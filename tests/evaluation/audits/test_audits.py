@@ -13,7 +13,7 @@ from twotower.data.shop.generate import generate
 from twotower.data.split import split
 from twotower.evaluation.audits import base, data, model
 from twotower.evaluation.queries import Queries
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 
 
 def test_a_leak_that_is_accepted_is_said_and_a_split_by_time_has_none():
@@ -66,7 +66,7 @@ def test_the_table_has_every_audit_and_those_that_speak_are_said_in_its_order():
 
 
 def rows_of(users, items, times):
-    return Rows(
+    return InteractionRows(
         user=np.array(users, np.int32),
         item=np.array(items, np.int32),
         weight=np.ones(len(users), np.float32),

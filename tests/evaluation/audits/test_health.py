@@ -8,12 +8,12 @@ import pytest
 from twotower.config import NegativesConfig
 from twotower.core.arrays import Ragged
 from twotower.evaluation.audits import health
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 from twotower.training.candidates import NegativeSampling
 
 
 def rows_of(users, items):
-    return Rows(
+    return InteractionRows(
         user=np.array(users, np.int32),
         item=np.array(items, np.int32),
         weight=np.ones(len(users), np.float32),

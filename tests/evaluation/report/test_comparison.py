@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tests.evaluation.report.conftest import SCRIPT
-from twotower.evaluation.comparison.compare import ALL, Comparison, Difference, Part, Row
+from twotower.evaluation.comparison.compare import ALL, Comparison, Difference, QueryPart, Row
 from twotower.evaluation.report.comparison import write_comparison
 
 RUNS = ("runs/a", "runs/b", f"runs/c{SCRIPT[:8]}")
@@ -16,7 +16,7 @@ def compared(equals):
     """Three runs of which the second is the best, by the same difference for every user."""
     rows = []
     differences = []
-    parts = [ALL, *(Part("country", value) for value in ("<b>", "France"))]
+    parts = [ALL, *(QueryPart("country", value) for value in ("<b>", "France"))]
     for part in parts:
         for metric in ("recall@5", "recall@10", "ndcg@5", "ndcg@10"):
             figures = dict(zip(RUNS, (0.2, 0.3, 0.1)))

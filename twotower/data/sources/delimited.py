@@ -39,7 +39,7 @@ _SHOWN = 80  # characters of a row that a message shows
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class TextRows:
     """Rows of a text file.
 
     Attributes:
@@ -83,7 +83,7 @@ class Rows:
         return [_line_of(self.content, self.form, record) for record in first]
 
 
-def read(content: Content, config: TableConfig, name: str) -> Rows:
+def read(content: Content, config: TableConfig, name: str) -> TextRows:
     """Reads all columns as text.
 
     Their types are decided later, over all files at once, and so that errors can name the row.
@@ -95,12 +95,12 @@ def read(content: Content, config: TableConfig, name: str) -> Rows:
     form = find_form(content, config, name)
     reading, header, names = _begin(content, form, name)
     table, bad = reading.table(header)
-    rows = _with_bad_rows(Rows(table, names, content, form), bad, header, reading)
+    rows = _with_bad_rows(TextRows(table, names, content, form), bad, header, reading)
     _check_rows(rows, bad, name)
     return _without_marks(_without_repeated_headers(rows, name))
 
 
-def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[Rows]:
+def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[TextRows]:
     """Yields the rows of a file in pieces, as `read` reads them.
 
     Args:
@@ -127,14 +127,14 @@ def read_pieces(content: Content, config: TableConfig, name: str) -> Iterator[Ro
         del bad[: len(own)]
         skipped = _records_of(own, form)
         good = np.delete(np.arange(first, end), skipped - first)
-        rows = _padded(Rows(table, names, content, form, good, skipped), own, header, reading)
+        rows = _padded(TextRows(table, names, content, form, good, skipped), own, header, reading)
         _check_rows(rows, own, name)
         yield _without_marks(_without_repeated_headers(rows, name))
         first = end
     # Those behind the last good row.
     if bad:
         none = np.zeros(0, np.int64)
-        rows = Rows(_no_rows(names), names, content, form, none, _records_of(bad, form))
+        rows = TextRows(_no_rows(names), names, content, form, none, _records_of(bad, form))
         rows = _padded(rows, bad, header, reading)
         _check_rows(rows, bad, name)
         yield rows
@@ -470,8 +470,8 @@ def _prepare(content: Content, form: TableConfig) -> bytes:
 
 
 def _with_bad_rows(
-    rows: Rows, bad: list[csv.InvalidRow], header: list[str], reading: _Reading
-) -> Rows:
+    rows: TextRows, bad: list[csv.InvalidRow], header: list[str], reading: _Reading
+) -> TextRows:
     """Returns the rows with the padded ones among them, and the numbers of their records."""
     if not bad:
         return rows
@@ -483,7 +483,9 @@ def _with_bad_rows(
     return _padded(dataclasses.replace(rows, records=good, skipped=numbers), bad, header, reading)
 
 
-def _padded(rows: Rows, bad: list[csv.InvalidRow], header: list[str], reading: _Reading) -> Rows:
+def _padded(
+    rows: TextRows, bad: list[csv.InvalidRow], header: list[str], reading: _Reading
+) -> TextRows:
     """Returns rows with those among them that are to be padded, which are skipped so far.
 
     Rows that have too many fields stay out, to be refused.
@@ -530,7 +532,7 @@ def _too_long(bad: list[csv.InvalidRow], separator: str) -> list[csv.InvalidRow]
     return long
 
 
-def _check_rows(rows: Rows, bad: list[csv.InvalidRow], name: str) -> None:
+def _check_rows(rows: TextRows, bad: list[csv.InvalidRow], name: str) -> None:
     """Refuses a file for all that is wrong with its rows, at once.
 
     Raises:
@@ -546,7 +548,7 @@ def _check_rows(rows: Rows, bad: list[csv.InvalidRow], name: str) -> None:
     raise ConfigError(f"{name}: {rows.content.path} cannot be read:\n  {listed}")
 
 
-def _bad_row_problems(rows: Rows, bad: list[csv.InvalidRow], name: str) -> Iterator[str]:
+def _bad_row_problems(rows: TextRows, bad: list[csv.InvalidRow], name: str) -> Iterator[str]:
     """Yields what is wrong with the rows that have other fields than the header."""
     form = rows.form
     records = _records_of(bad, form)
@@ -603,7 +605,7 @@ def _others(count: int) -> str:
     return f" (and {count - 1:,} more such rows)"
 
 
-def _text_problems(rows: Rows, name: str) -> Iterator[str]:
+def _text_problems(rows: TextRows, name: str) -> Iterator[str]:
     """Yields what is wrong with texts: NUL characters, and quotes that take in whole rows."""
     for column in rows.table.column_names:
         low, _ = _byte_range(rows.table[column])
@@ -637,7 +639,7 @@ def _may_have_marks(column: pa.ChunkedArray) -> bool:
     return high >= _BOM.encode()[0]
 
 
-def _nul_problem(rows: Rows, column: str, name: str) -> Iterator[str]:
+def _nul_problem(rows: TextRows, column: str, name: str) -> Iterator[str]:
     is_bad = pc.match_substring(rows.table[column], "\0")
     count = pc.sum(is_bad).as_py()
     if not count:
@@ -651,7 +653,7 @@ def _nul_problem(rows: Rows, column: str, name: str) -> Iterator[str]:
     )
 
 
-def _swallowed_problem(rows: Rows, column: str, name: str) -> Iterator[str]:
+def _swallowed_problem(rows: TextRows, column: str, name: str) -> Iterator[str]:
     index = rows.header.index(column)
     found = find_swallowed(rows.columns(), index, rows.form.delimiter)
     if not len(found):
@@ -661,7 +663,7 @@ def _swallowed_problem(rows: Rows, column: str, name: str) -> Iterator[str]:
     yield _swallowed(rows, rows.line(row), text, len(found), name)
 
 
-def _swallowed(rows: Rows, line: int, text: str, count: int, name: str) -> str:
+def _swallowed(rows: TextRows, line: int, text: str, count: int, name: str) -> str:
     shown = text[:_SHOWN]
     return (
         f"{rows.content.path}, line {line}: a quoted text takes in {text.count(chr(10)):,} line "
@@ -671,7 +673,7 @@ def _swallowed(rows: Rows, line: int, text: str, count: int, name: str) -> str:
     )
 
 
-def _without_repeated_headers(rows: Rows, name: str) -> Rows:
+def _without_repeated_headers(rows: TextRows, name: str) -> TextRows:
     """Leaves out rows that repeat the header, as files that were put together have."""
     names = rows.table.column_names
     if not names:
@@ -709,7 +711,7 @@ def _without_repeated_headers(rows: Rows, name: str) -> Rows:
     return dataclasses.replace(rows, table=kept, records=records[~is_header])
 
 
-def _without_marks(rows: Rows) -> Rows:
+def _without_marks(rows: TextRows) -> TextRows:
     """Returns the rows without the byte-order marks that begin a file among others."""
     first = rows.table[0]
     if not _may_have_marks(first) or not pc.any(pc.starts_with(first, _BOM)).as_py():

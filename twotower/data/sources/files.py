@@ -214,7 +214,7 @@ def _expand(path: str, field: str) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TableFile:
     """One file of a table.
 
     Attributes:
@@ -229,7 +229,7 @@ class Part:
     kind: Kind
     table: pa.Table
     locate: Callable[[int], str]
-    rows: delimited.Rows | None = None
+    rows: delimited.TextRows | None = None
 
 
 def find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tuple[Path, str]]:
@@ -248,7 +248,7 @@ def find_event_files(config: TableConfig, name: str, kind: Kind) -> Iterator[tup
             yield path, event
 
 
-def with_event(part: Part, event: str, name: str) -> Part:
+def with_event(part: TableFile, event: str, name: str) -> TableFile:
     if "event" in part.table.column_names:
         raise ConfigError(
             f"{name}: {part.path} has a column 'event' of its own: name its files in "
@@ -303,7 +303,7 @@ class _Files:
         skipped: Number of rows that were left out, as they had other fields than the header.
     """
 
-    def __init__(self, parts: list[Part]):
+    def __init__(self, parts: list[TableFile]):
         self._parts = parts
         self._ends = np.cumsum([len(part.table) for part in parts])
         others = len(parts) - 1
@@ -376,7 +376,7 @@ def _suffixes(kind: Kind) -> tuple[str, ...]:
     return content.SUFFIXES[kind]
 
 
-def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
+def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> TableFile:
     """Reads one file of a table.
 
     Args:
@@ -399,12 +399,12 @@ def read_file(path: Path, config: TableConfig, name: str, kind: Kind) -> Part:
             table = _read_parquet(found, name)
             locate = _row
         _check_text(table, found, name, locate)
-        return Part(path, found.kind, table, locate)
+        return TableFile(path, found.kind, table, locate)
 
 
 def read_pieces(
     path: Path, config: TableConfig, name: str, kind: Kind, *, groups: Sequence[int] = ()
-) -> Iterator[Part]:
+) -> Iterator[TableFile]:
     """Yields the rows of one file in pieces, each as a part that names its rows as the file does.
 
     Args:
@@ -439,7 +439,7 @@ def read_pieces(
                 table = pa.Table.from_batches([batch])
                 locate = functools.partial(_row, first=first)
                 _check_text(table, found, name, locate)
-                yield Part(path, "parquet", table, locate)
+                yield TableFile(path, "parquet", table, locate)
                 first += len(table)
 
 
@@ -453,8 +453,8 @@ def estimate_pieces(path: Path) -> int:
     return -(-path.stat().st_size // delimited.PIECE)
 
 
-def _text_part(path: Path, rows: delimited.Rows) -> Part:
-    return Part(path, "csv", rows.table, lambda row: f"line {rows.line(row)}", rows)
+def _text_part(path: Path, rows: delimited.TextRows) -> TableFile:
+    return TableFile(path, "csv", rows.table, lambda row: f"line {rows.line(row)}", rows)
 
 
 @contextlib.contextmanager
@@ -528,7 +528,7 @@ def _check_names(names: list[str], path: Path, name: str) -> None:
         )
 
 
-def _concat(parts: list[Part], name: str, needed: set[str]) -> pa.Table:
+def _concat(parts: list[TableFile], name: str, needed: set[str]) -> pa.Table:
     """Returns the rows of all files, in which a column that one file lacks is missing.
 
     Args:
@@ -569,7 +569,7 @@ def _concat(parts: list[Part], name: str, needed: set[str]) -> pa.Table:
         ) from error
 
 
-def _different_columns(parts: list[Part], part: Part, absent: set[str], name: str) -> str:
+def _different_columns(parts: list[TableFile], part: TableFile, absent: set[str], name: str) -> str:
     shown = list(dict.fromkeys([parts[0].path, part.path, *(other.path for other in parts)]))
     by_path = {other.path: other.table.column_names for other in parts}
     listed = "".join(f"\n  {path}: {', '.join(by_path[path])}" for path in shown[:_SHOWN])
@@ -580,7 +580,7 @@ def _different_columns(parts: list[Part], part: Part, absent: set[str], name: st
     )
 
 
-def _different_types(parts: list[Part]) -> str:
+def _different_types(parts: list[TableFile]) -> str:
     """Returns a line for each column whose type differs, with a file of each type."""
     types: dict[str, dict[str, Path]] = {}
     for part in parts:

@@ -19,7 +19,7 @@ from twotower.data.sources.load import describes_items, takes_items_of_log
 from twotower.evaluation.audits.base import Audit
 from twotower.evaluation.baselines.item_graph import WINDOW
 from twotower.evaluation.queries import Queries
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 
 # From where on an audit speaks.
 SHARE_OF_NEWS = 0.2  # of the right answers, items that training never saw
@@ -92,7 +92,9 @@ def audit_never_trained(queries: Queries) -> Audit:
     return Audit("never_trained", True, sentence, figures)
 
 
-def audit_ties(held_out: Rows, earlier: Sequence[Rows], config: SplitConfig) -> Audit:
+def audit_ties(
+    held_out: InteractionRows, earlier: Sequence[InteractionRows], config: SplitConfig
+) -> Audit:
     """Says for how many users the held-out answer depends on the order of equal times.
 
     It does where a held-out row has the time of a row of the same user in an earlier part: another
@@ -151,7 +153,7 @@ def audit_ties(held_out: Rows, earlier: Sequence[Rows], config: SplitConfig) -> 
     return Audit("ties", True, sentence, figures)
 
 
-def _moment_keys(parts: Sequence[Rows]) -> np.ndarray:
+def _moment_keys(parts: Sequence[InteractionRows]) -> np.ndarray:
     """Returns a number for the user and the time of each row, int64 [rows of all parts]."""
     users = np.concatenate([part.user for part in parts])
     times = np.concatenate([part.timestamp for part in parts if part.timestamp is not None])

@@ -13,7 +13,7 @@ import numpy as np
 
 from twotower.core.arrays import Ragged
 from twotower.evaluation.audits.model import effective_rank
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 from twotower.pipeline.prepare import PreparedData
 from twotower.retrieval.user_items import items_of_users
 from twotower.towers.two_tower import TwoTower, Weights
@@ -63,7 +63,7 @@ def training_health(
 
 
 def batch_rates(
-    train: Rows,
+    train: InteractionRows,
     seen: Ragged,
     *,
     size: int,

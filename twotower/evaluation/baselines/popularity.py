@@ -6,13 +6,13 @@ from __future__ import annotations
 import numpy as np
 
 from twotower.evaluation.evaluate import Scores
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 
 TOP_SHARE = 0.1  # share of the items that count as popular, the "top quantile"
 
 
 def popularity_order(
-    train: Rows, num_items: int, *, among: np.ndarray | None = None, seed: int = 0
+    train: InteractionRows, num_items: int, *, among: np.ndarray | None = None, seed: int = 0
 ) -> np.ndarray:
     """Returns the items by falling number of training rows, int64 [N].
 

@@ -35,7 +35,7 @@ MIN_USERS = 30  # fewer have no standard error that could be believed
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class QueryPart:
     """A part of the queries.
 
     Attributes:
@@ -50,7 +50,7 @@ class Part:
         return f"{self.slice}={self.value}" if self.slice else "all"
 
 
-ALL = Part()
+ALL = QueryPart()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Difference:
     run: str
     other: str
     metric: str
-    part: Part
+    part: QueryPart
     difference: float
     low: float
     high: float
@@ -102,7 +102,7 @@ class Row:
     """
 
     metric: str
-    part: Part
+    part: QueryPart
     queries: int
     users: int
     figures: Mapping[str, float]
@@ -206,12 +206,12 @@ def compare_records(records: Sequence[Record], *, seed: int = 0) -> Comparison:
     )
 
 
-def parts_of(record: Record) -> list[tuple[Part, np.ndarray]]:
+def parts_of(record: Record) -> list[tuple[QueryPart, np.ndarray]]:
     """Returns all queries that were asked, then those of each value of each slice, bool [Q]."""
     parts = [(ALL, record.is_asked)]
     for name, values in record.slices.items():
         for value in _in_order(set(values[record.is_asked]) - {""}):
-            parts.append((Part(name, value), record.is_asked & (values == value)))
+            parts.append((QueryPart(name, value), record.is_asked & (values == value)))
     # A mean over no query would be no number.
     return [(part, where) for part, where in parts if where.any()]
 
@@ -235,7 +235,7 @@ def _by_numbers(value: str) -> list[str | int]:
 def differences_of(
     records: Sequence[Record],
     metrics: Sequence[str],
-    part: Part,
+    part: QueryPart,
     where: np.ndarray,
     *,
     seed: int = 0,
@@ -338,7 +338,7 @@ def adjust(differences: Sequence[Difference]) -> list[Difference]:
 
 
 def _rows_of(
-    records: Sequence[Record], metrics: Sequence[str], part: Part, where: np.ndarray
+    records: Sequence[Record], metrics: Sequence[str], part: QueryPart, where: np.ndarray
 ) -> list[Row]:
     rows = []
     users = len(set(records[0].users[where]))
@@ -352,7 +352,7 @@ def _rows_of(
 
 def _mark(rows: Sequence[Row], differences: Sequence[Difference]) -> list[Row]:
     """Returns the rows with the names of the runs that cannot be told from the best."""
-    by_row: dict[tuple[str, Part], list[Difference]] = {}
+    by_row: dict[tuple[str, QueryPart], list[Difference]] = {}
     for one in differences:
         by_row.setdefault((one.metric, one.part), []).append(one)
     marked = []

@@ -17,7 +17,7 @@ import numpy as np
 
 from twotower.core.errors import ConfigError, choose, did_you_mean, echo
 from twotower.core.files import read_json
-from twotower.evaluation.comparison.compare import ALL, Part, differences_of, parts_of
+from twotower.evaluation.comparison.compare import ALL, QueryPart, differences_of, parts_of
 from twotower.evaluation.comparison.records import (
     Record,
     answers_note,
@@ -26,8 +26,8 @@ from twotower.evaluation.comparison.records import (
 )
 from twotower.evaluation.metrics import ranking_figures
 
-Verdict = Literal["passes", "fails", "undecided"]
-EXIT_CODES: Mapping[Verdict, int] = {"passes": 0, "fails": 1, "undecided": 2}
+GateVerdict = Literal["passes", "fails", "undecided"]
+EXIT_CODES: Mapping[GateVerdict, int] = {"passes": 0, "fails": 1, "undecided": 2}
 DEFAULT_METRICS = ("recall", "ndcg")
 DEFAULT_SHARE = 0.05
 TENTH = 0.1
@@ -49,7 +49,7 @@ class Threshold:
     """
 
     metric: str
-    part: Part
+    part: QueryPart
     tolerance: float | None
     share: float = DEFAULT_SHARE
 
@@ -74,17 +74,17 @@ class Check:
     """
 
     metric: str
-    part: Part
+    part: QueryPart
     standing: float
     candidate: float
     low: float
     high: float
     tolerance: float
-    verdict: Verdict
+    verdict: GateVerdict
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class PreflightTrial:
     """A model of known worth, judged before the candidate.
 
     Attributes:
@@ -94,8 +94,8 @@ class Trial:
     """
 
     name: str
-    expected: Verdict
-    verdict: Verdict
+    expected: GateVerdict
+    verdict: GateVerdict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Judgement:
 
     standing: str
     candidate: str
-    verdict: Verdict
+    verdict: GateVerdict
     checks: tuple[Check, ...]
-    preflight: tuple[Trial, ...]
+    preflight: tuple[PreflightTrial, ...]
     refusal: str = ""
     notes: tuple[str, ...] = ()
 
@@ -176,7 +176,9 @@ def default_thresholds(record: Record) -> list[Threshold]:
     return [Threshold(name, ALL, None) for name in names if name in record.values]
 
 
-def _of_part(content: Any, parts: Sequence[Part], record: Record, prefix: str) -> list[Threshold]:
+def _of_part(
+    content: Any, parts: Sequence[QueryPart], record: Record, prefix: str
+) -> list[Threshold]:
     thresholds = []
     for metric, limits in _mapping(content, prefix or "the file").items():
         # Beside the metrics in the file, and only there.
@@ -236,7 +238,7 @@ def judge(
     preflight = []
     for name, record, expected in _known_models(standing, undertrained):
         verdict = worst(check(standing, record, thresholds))
-        preflight.append(Trial(name, expected, verdict))
+        preflight.append(PreflightTrial(name, expected, verdict))
     wrong = [trial for trial in preflight if trial.verdict != trial.expected]
     verdict = worst(checks)
     refusal = ""
@@ -258,7 +260,7 @@ def judge(
 def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) -> list[Check]:
     """Returns every threshold, judged, in their order."""
     asked = {part: (prefix, (standing, candidate)) for part, prefix in parts_of(standing)}
-    by_part: dict[Part, list[Threshold]] = {}
+    by_part: dict[QueryPart, list[Threshold]] = {}
     for threshold in thresholds:
         by_part.setdefault(threshold.part, []).append(threshold)
     checks = []
@@ -290,7 +292,7 @@ def check(standing: Record, candidate: Record, thresholds: Sequence[Threshold]) 
 
 def _pairs_of(
     name: str, standing: Record, candidate: Record
-) -> dict[Part, tuple[np.ndarray, tuple[Record, Record]]]:
+) -> dict[QueryPart, tuple[np.ndarray, tuple[Record, Record]]]:
     """Returns the parts of a slice of items, with the records of its pairs."""
     pairs, reason = item_slice([standing, candidate], name)
     if reason:
@@ -299,7 +301,7 @@ def _pairs_of(
     return {part: (prefix, (one, other)) for part, prefix in parts_of(one)[1:]}
 
 
-def _verdict(low: float, high: float, tolerance: float) -> Verdict:
+def _verdict(low: float, high: float, tolerance: float) -> GateVerdict:
     # By the ends of the interval, not by the mean: few queries leave it undecided, rather than
     # pass.
     if high < -tolerance:
@@ -307,7 +309,7 @@ def _verdict(low: float, high: float, tolerance: float) -> Verdict:
     return "passes" if low >= -tolerance else "undecided"
 
 
-def worst(checks: Sequence[Check]) -> Verdict:
+def worst(checks: Sequence[Check]) -> GateVerdict:
     """Returns the verdict of all checks together: one that fails is enough to fail."""
     found = {one.verdict for one in checks}
     if "fails" in found:
@@ -317,7 +319,7 @@ def worst(checks: Sequence[Check]) -> Verdict:
 
 def _known_models(
     standing: Record, undertrained: tuple[str, Record] | None
-) -> list[tuple[str, Record, Verdict]]:
+) -> list[tuple[str, Record, GateVerdict]]:
     """Returns the models of the preflight: what each is, its record, and its right verdict."""
     if undertrained is None:
         share = f"{1 - DEGRADED:.0%}"
@@ -332,7 +334,7 @@ def _known_models(
     ]
 
 
-def _refusal(trial: Trial, queries: int) -> str:
+def _refusal(trial: PreflightTrial, queries: int) -> str:
     verb = "is undecided" if trial.verdict == "undecided" else trial.verdict
     if trial.expected == "passes":
         return f"The gate refuses to judge: {trial.name} {verb}."

@@ -31,7 +31,7 @@ from twotower.data.tables import (
 )
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline.engines.database import Database
-from twotower.pipeline.engines.kept.rows import Rows, RowWriter
+from twotower.pipeline.engines.kept.rows import RowWriter, WrittenRows
 from twotower.pipeline.engines.kept.stages import SCRATCH, Stages
 from twotower.pipeline.engines.reading.columns import Columns, schema_from_text, schema_to_text
 from twotower.pipeline.engines.reading.log_reading import (
@@ -261,7 +261,7 @@ def make_dataset(
     )
 
 
-def _read_or_find(reader: _Reader, folder: Path) -> Rows:
+def _read_or_find(reader: _Reader, folder: Path) -> WrittenRows:
     """Returns the rows of a log, of an earlier try where that had read them all."""
     stages = Stages(folder)
     state = stages.find("rows")
@@ -289,7 +289,7 @@ class _Reader:
         # Distinct ids of each block by key.
         self._sizes: dict[str, list[int]] = {}
 
-    def read(self, scratch: Path) -> Rows:
+    def read(self, scratch: Path) -> WrittenRows:
         """Reads all files, and returns the rows.
 
         Args:
@@ -302,7 +302,7 @@ class _Reader:
         for reading in self._readings:
             self._read_table(reading, writer)
         self._sizes = writer.finish()
-        return Rows(scratch, self._sizes)
+        return WrittenRows(scratch, self._sizes)
 
     def _read_table(self, reading: LogReading, writer: RowWriter) -> None:
         """Reads the files of one table of the log."""
@@ -342,7 +342,7 @@ class _Reader:
             "skipped": [dataclasses.asdict(note) for note in self.skipped],
         }
 
-    def restore(self, scratch: Path, state: Mapping[str, Any]) -> Rows:
+    def restore(self, scratch: Path, state: Mapping[str, Any]) -> WrittenRows:
         """Takes over what another reader has found, and returns its rows.
 
         Args:
@@ -358,7 +358,7 @@ class _Reader:
         self.columns.begin(schema_from_text(state["schema"]), self._files[0][1])
         for note in state["skipped"]:
             self.skipped.append(Dropped(**{**note, "locations": tuple(note["locations"])}))
-        return Rows(scratch, self._sizes)
+        return WrittenRows(scratch, self._sizes)
 
     def locate(self, position: int) -> str:
         """Returns file and row of a position in the log."""
@@ -371,7 +371,7 @@ class _Reader:
         origin = Origin(self._files[-1][1], self.locate, is_typed=self.kind != "csv")
         return RawTable(rows, self._reading.table, "interactions", origin)
 
-    def _add(self, part: files.Part, reading: LogReading, writer: RowWriter) -> None:
+    def _add(self, part: files.TableFile, reading: LogReading, writer: RowWriter) -> None:
         name = self._files[-1][1]
         # Piece by piece, with the file and line of each row for messages.
         origin = Origin(name, functools.partial(locate_in, part), is_typed=self.kind != "csv")
@@ -427,7 +427,9 @@ def _codes_of_texts(
     return np.append(codes, np.int32(-1)), by_code
 
 
-def _blocks(rows: Rows, columns: Columns, codes: Mapping[str, np.ndarray]) -> Iterator[pa.Table]:
+def _blocks(
+    rows: WrittenRows, columns: Columns, codes: Mapping[str, np.ndarray]
+) -> Iterator[pa.Table]:
     """Yields rows as those of the table `log`; the code of an id that is missing is -1."""
     kinds = {columns.names[name]: kind for name, kind in _types(columns.schema)}
     first = 0

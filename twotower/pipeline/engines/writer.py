@@ -30,7 +30,7 @@ from twotower.features.history import log_weights
 from twotower.features.inputs import HISTORY_WEIGHT
 from twotower.features.spec import FeatureSpec
 from twotower.pipeline import folder as data_folder
-from twotower.pipeline.batches import Rows
+from twotower.pipeline.batches import InteractionRows
 from twotower.pipeline.describe import describe_numbers, refuse_one_id
 from twotower.pipeline.engines.arrays import ArrayFile
 from twotower.pipeline.engines.database import BLOCK, Database, open_database
@@ -411,7 +411,7 @@ def _array_shapes(
     return tree
 
 
-def _leaves_of(rows: Rows) -> dict[str, Any]:
+def _leaves_of(rows: InteractionRows) -> dict[str, Any]:
     return vars(rows) | {"context": dict(rows.context), "labels": dict(rows.labels)}
 
 
@@ -521,7 +521,7 @@ class _EventTable:
     def add(
         self,
         rows: pa.Table,
-        encoded: Rows,
+        encoded: InteractionRows,
         item_codes: np.ndarray,
         position: np.ndarray,
         joined: np.ndarray,

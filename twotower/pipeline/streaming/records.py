@@ -22,7 +22,7 @@ from twotower.pipeline.batches import (
     Batch,
     EventSpans,
     Features,
-    Rows,
+    InteractionRows,
     gather_rows,
     span_capacity,
 )
@@ -72,7 +72,9 @@ class RowRecords:
 
     name = "training rows"
 
-    def __init__(self, rows: Rows, features: Features, histories: EventSpans | None = None) -> None:
+    def __init__(
+        self, rows: InteractionRows, features: Features, histories: EventSpans | None = None
+    ) -> None:
         arrays = rows.arrays()
         self._spans = arrays["context"].pop(SPANS, None)
         self._head = _flat(arrays)
@@ -165,7 +167,11 @@ class SequenceRecords:
     """
 
     def __init__(
-        self, rows: Rows, features: Features, histories: Histories, packing: SequencePacking
+        self,
+        rows: InteractionRows,
+        features: Features,
+        histories: Histories,
+        packing: SequencePacking,
     ) -> None:
         self.name = f"packed rows of {packing.num_slots} events"
         arrays = rows.arrays()

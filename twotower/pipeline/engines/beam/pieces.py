@@ -147,7 +147,7 @@ class PieceReader:
         except ConfigError as error:
             yield "block", {"file": piece.file, "first": first, "error": str(error)}
 
-    def _parts(self, piece: Piece) -> Iterator[files.Part]:
+    def _parts(self, piece: Piece) -> Iterator[files.TableFile]:
         # One at an address is copied to this machine.
         (path,) = files.find_files(piece.path, "interactions", self.reading.kind)
         reading = self.reading
@@ -159,7 +159,7 @@ class PieceReader:
             yield part
 
     def _read_block(
-        self, piece: Piece, part: files.Part, first: int
+        self, piece: Piece, part: files.TableFile, first: int
     ) -> tuple[dict[str, Any], list[tuple[tuple[str, int, str], bytes]]]:
         """Writes the rows of a block, and returns what is known of them and their distinct ids."""
         block: dict[str, Any] = {"file": piece.file, "first": first, "rows": len(part.table)}

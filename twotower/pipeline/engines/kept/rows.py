@@ -71,7 +71,7 @@ class RowWriter:
         return {key: codes.sizes for key, codes in self._codes.items()}
 
 
-class Rows:
+class WrittenRows:
     """The rows that a `RowWriter` has written.
 
     Args:

@@ -124,7 +124,7 @@ def without_rows(path: str, name: str = "interactions") -> ConfigError:
     )
 
 
-def locate_in(part: files.Part, row: int) -> str:
+def locate_in(part: files.TableFile, row: int) -> str:
     """Returns file and place of a row of a piece."""
     return f"{part.path}, {part.locate(row)}"
 

@@ -74,7 +74,7 @@ def prepare_in_warehouse(
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class WarehouseJob:
     """A script for a configuration, and what it was made of.
 
     Attributes:
@@ -102,7 +102,7 @@ class Plan:
     bytes: int
 
 
-def plan_script(config: Config, tables: str, export: str = "") -> Plan:
+def plan_script(config: Config, tables: str, export: str = "") -> WarehouseJob:
     """Writes the script for a configuration; BigQuery is asked for the columns of the source alone.
 
     Args:
@@ -130,7 +130,7 @@ def plan_script(config: Config, tables: str, export: str = "") -> Plan:
     )
     if export:
         script += write_export(names, export.rstrip("/"))
-    return Plan(
+    return WarehouseJob(
         script, warehouse, origin, source.schema, columns, names, export, spec, uses, source.bytes
     )
 
@@ -138,7 +138,7 @@ def plan_script(config: Config, tables: str, export: str = "") -> Plan:
 class _Reader:
     """The tables that a script has left, on their way into a database."""
 
-    def __init__(self, plan: Plan, config: Config, scratch: Path):
+    def __init__(self, plan: WarehouseJob, config: Config, scratch: Path):
         self._plan = plan
         self._warehouse = plan.warehouse
         self._data = config.data
