@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -336,10 +336,21 @@ def check(case: Case, response: Response, folder: str) -> None:
         assert folder not in text, shown
 
 
-def fuzz(server: InProcess, folder: str, cases: int) -> Counter[str]:
+def fuzz(
+    server: InProcess,
+    folder: str,
+    cases: int,
+    draw: Callable[[Mapping[str, Any], int], Iterable[list[Case]]] = drawn_cases,
+) -> Counter[str]:
     """Sends cases of schemathesis with a token for everything; returns the number of each outcome.
 
     Right answers are compared with their description.
+
+    Args:
+        server: Server.
+        folder: Folder of the bundle, whose path no answer names.
+        cases: Number of cases.
+        draw: Draws the cases from the description of the API and their number.
 
     Raises:
         AssertionError: An answer is none that a request may have.
@@ -354,7 +365,7 @@ def fuzz(server: InProcess, folder: str, cases: int) -> Counter[str]:
                 schema = content["schema"] | {"components": document["components"]}
                 validators[method.upper(), path] = jsonschema.Draft202012Validator(schema)
     outcomes: Counter[str] = Counter()
-    for drawn in drawn_cases(document, cases):
+    for drawn in draw(document, cases):
         for case in drawn:
             response = server.send(case.method, case.path, case.body, token=TOKEN)
             check(case, response, folder)

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 from scipy.special import expit
-from scipy.stats import mannwhitneyu
 
 from twotower import api
 from twotower.config import from_dict
@@ -49,7 +48,8 @@ def test_a_loss_on_labels_is_measured_and_answers_probabilities(run):
     logits = scores / float(run.model.temperature(params)) + float(params["bias"]) - np.log(3)
     ones = logits[labels == 1]
     zeros = logits[labels == 0]
-    auc = mannwhitneyu(ones, zeros).statistic / (len(ones) * len(zeros))
+    # The share of pairs in their right order, equal ones by half.
+    auc = np.mean((np.sign(ones[:, None] - zeros) + 1) / 2)
     assert measured["labels"]["auc"] == pytest.approx(auc, abs=1e-4)
     assert measured["labels"]["rows"] == len(known)
     curve = measured["labels"]["calibration_curve"]

@@ -152,14 +152,15 @@ class TwoTower:
 
     def init(self, key: jax.Array) -> Weights:
         """Makes fresh weights."""
+        pretrained = {name: self.pretrained_rows(name) for name in self.tables}
+        drawn = [name for name, rows in pretrained.items() if rows is None]
+
+        def draw(key: jax.Array) -> tuple[Any, Any, dict[str, jax.Array]]:
+            return *self.init_dense(key), {name: self.init_rows(key, name) for name in drawn}
+
         # Under jit there is one program to compile, not one for each operation.
-        params, stats = jax.jit(self.init_dense)(key)
-        tables = {}
-        for name in self.tables:
-            rows = self.pretrained_rows(name)
-            if rows is None:
-                rows = self.init_rows(key, name)
-            tables[name] = jnp.asarray(rows)
+        params, stats, rows = jax.jit(draw)(key)
+        tables = {name: jnp.asarray((pretrained | rows)[name]) for name in self.tables}
         return Weights(params, tables, stats)
 
     def pretrained_rows(self, name: str) -> np.ndarray | None:
