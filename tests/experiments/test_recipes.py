@@ -5,15 +5,19 @@ import importlib
 import json
 import math
 import re
+import shutil
 from collections import ChainMap
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from tests.extras import extra
 from twotower import api
 from twotower.config import defaults, from_dict
 from twotower.experiment import read
+from twotower.pipeline.prepare import prepare
 from twotower.retrieval.mining import make_miner
 from twotower.training.run import train
 
@@ -95,17 +99,25 @@ TINY_FEATURES = {
     "item": {"item_id": {"type": "string", "embedding_size": 8}},
 }
 ABOUT_FEATURES = ("features", "tables", "shop")
+# Of these the first of a group is the configuration that the others change.
+BASES = ("features", "tables")
 
 
 def config_of(group):
     """The configuration of a recipe, or of several that change different parts of the step."""
-    if len(group) == 1:
-        ((name, recipe),) = group
+    (name, recipe), *others = group
+    if not others:
         return RECIPES[name].get_config(recipe)
-    changes = [RECIPES[name].RECIPES[recipe] for name, recipe in group]
+    if name not in BASES:
+        others = group
+    changes = [RECIPES[name].RECIPES[recipe] for name, recipe in others]
     names = [name for change in changes for name in change]
     assert len(names) == len(set(names))
-    return read("recipes/shop", dict(ChainMap(*changes)))
+    if name not in BASES:
+        return read("recipes/shop", dict(ChainMap(*changes)))
+    config = RECIPES[name].get_config(recipe)
+    config.update_from_flattened_dict(dict(ChainMap(*changes)))
+    return config
 
 
 def shrunk(*group):
@@ -113,7 +125,8 @@ def shrunk(*group):
     they may be."""
     config = config_of(group)
     names = {name for name, _ in group}
-    if not names & {*ABOUT_FEATURES} and ("towers", "summed") not in group:
+    whole = names & {*ABOUT_FEATURES} or {("towers", "summed"), *EXPORTED} & {*group}
+    if not whole:
         history = {"history": config.features.user.history} if "histories" in names else {}
         config.features.user = TINY_FEATURES["user"] | history
         config.features.item = TINY_FEATURES["item"]
@@ -142,8 +155,8 @@ def no_validation(*_):
 
 # Recipes whose options are seen in measuring or exporting; the others change the step alone.
 MEASURED = [("shop", "plain"), ("heads", "retrieval_and_two_heads"), ("vectors", "cut_int8")]
-# Of one training: what they change is in the export alone.
-EXPORTED = [recipe for recipe in RECIPES["vectors"].RECIPES if recipe != "cut_int8"]
+# Of the run of shop-plain: what they change is in the export alone.
+EXPORTED = [("vectors", recipe) for recipe in RECIPES["vectors"].RECIPES if recipe != "cut_int8"]
 # Trained together: they change different parts of one step, and most of the time is its tracing.
 TOGETHER = """
     losses-softmax_uncorrected histories-attention_bag negatives-explicit
@@ -155,10 +168,10 @@ TOGETHER = """
     losses-bsl towers-dropout_by_layer optimizers-streamed
     losses-gbce towers-summed optimizers-host
     losses-sigmoid towers-bfloat16
-    losses-bpr negatives-uniform
-    losses-hinge negatives-popularity
+    tables-dates losses-bpr negatives-uniform
+    features-own_tables losses-hinge negatives-popularity
     losses-triplet negatives-queue
-    losses-cosine_contrastive negatives-mined
+    tables-random_split losses-cosine_contrastive negatives-mined
     negatives-full_softmax optimizers-adamw
 """
 GROUPS = [
@@ -166,7 +179,13 @@ GROUPS = [
     for line in TOGETHER.split("\n")
     if line.strip()
 ]
-OTHERS = {*MEASURED, *(("vectors", recipe) for recipe in EXPORTED)}
+# Read the same rows as another recipe, which is trained: of it, their times are text.
+SAME_ROWS = [
+    (("features", "times_in_ms"), ("features", "own_tables")),
+    (("tables", "numbers"), ("tables", "dates")),
+]
+OTHERS = {*MEASURED, *EXPORTED}
+OTHERS |= {pair for pair, _ in SAME_ROWS}
 OTHERS |= {pair for group in GROUPS for pair in group}
 GROUPS += [[pair] for pair in VARIANTS if pair not in OTHERS]
 
@@ -186,11 +205,41 @@ def test_recipes_train(group, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("one", "trained"), SAME_ROWS, ids=["-".join(one) for one, _ in SAME_ROWS])
+def test_times_that_are_numbers_are_the_rows_of_those_that_are_text(one, trained, monkeypatch):
+    """Of equal rows and shapes a training is the same: it is not repeated."""
+    monkeypatch.chdir(ROOT)
+    config, other = (from_dict(shrunk(pair)) for pair in (one, trained))
+    assert dataclasses.replace(config, data=other.data) == other
+    found, expected = prepare(config), prepare(other)
+    for part in ("train", "validation", "test"):
+        for found_rows, rows in zip(
+            *(jax.tree.leaves(vars(getattr(data, part))) for data in (found, expected)), strict=True
+        ):
+            np.testing.assert_array_equal(found_rows, rows)
+    # A day of a table is text without the time of the day, of which a feature sees more.
+    shapes = [
+        jax.tree.map(lambda x: (x.shape, x.dtype), data.features) for data in (found, expected)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """A run of the small shop, that others measure and export: to be copied by who writes."""
+    config = from_dict(shrunk(("shop", "plain")))
+    return api.train(config, tmp_path_factory.mktemp("shop") / "run", devices=1)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "recipe"), MEASURED)
-def test_a_recipe_is_measured_and_exported(name, recipe, tmp_path, monkeypatch):
+def test_a_recipe_is_measured_and_exported(name, recipe, tmp_path, monkeypatch, request):
     monkeypatch.chdir(ROOT)
     config = from_dict(shrunk((name, recipe)))
-    run = api.train(config, tmp_path / "run", devices=1)
+    if name == "shop":
+        run = request.getfixturevalue("plain")
+    else:
+        run = api.train(config, tmp_path / "run", devices=1)
     if name == "vectors":
         api.export(run)
     measured = api.evaluate(run, ks=(10,))
@@ -202,19 +251,21 @@ def test_a_recipe_is_measured_and_exported(name, recipe, tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def run_to_export(tmp_path_factory):
-    config = from_dict(shrunk(("vectors", EXPORTED[0])))
-    return api.train(config, tmp_path_factory.mktemp("vectors") / "run", devices=1)
+def run_to_export(plain, tmp_path_factory):
+    """The same run in a folder that holds a bundle in the end."""
+    workdir = tmp_path_factory.mktemp("vectors") / "run"
+    return dataclasses.replace(plain, workdir=shutil.copytree(plain.workdir, workdir))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", EXPORTED)
-def test_a_recipe_is_exported(recipe, run_to_export):
+@pytest.mark.parametrize("pair", EXPORTED, ids="-".join)
+def test_a_recipe_is_exported(pair, run_to_export):
     """The export proves that its bundle scores as the trainer does: nothing is measured again."""
-    config = from_dict(shrunk(("vectors", recipe)))
+    config = from_dict(shrunk(pair))
     trained = run_to_export.config
     assert dataclasses.replace(config, retrieval=trained.retrieval) == trained
-    if recipe == "graph":
+    graph = pair == ("vectors", "graph")
+    if graph:
         extra("faiss", "faiss")
     manifest = api.export(dataclasses.replace(run_to_export, config=config)).manifest
-    assert recipe != "graph" or manifest["index"]["hnsw_m"] == 16
+    assert not graph or manifest["index"]["hnsw_m"] == 16
