@@ -22,6 +22,7 @@ from typing import Any
 
 from twotower.config import Config, from_dict, non_defaults
 from twotower.core.errors import ConfigError, did_you_mean
+from twotower.core.fields import field_types
 from twotower.core.install import shipped_folder
 
 
@@ -127,7 +128,7 @@ def change(config: Any, changes: Mapping[str, Any]) -> None:
 
 def _change(section: Any, cls: type, name: str, value: Any, location: str) -> None:
     name, _, rest = name.partition(".")
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     check_option(name, cls, location)
     hint = hints[name]
     location = f"{location}.{name}"
@@ -185,7 +186,7 @@ def changed_options(config: Config) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(values: Mapping[str, Any], cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     for name, value in values.items():
         hint = hints[name]
         # Sections are walked into; a mapping of the user's own is one value.

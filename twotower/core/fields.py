@@ -109,12 +109,20 @@ class FieldChecks:
             self.require(are_positive, field, "widths of at least 1")
 
 
+# A configuration is made of a dozen classes, whose annotations take tens of times longer to resolve
+# than its values to check.
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Returns the types of the fields of a dataclass."""
+    # Annotations are text under `from __future__ import annotations`: this resolves them.
+    return typing.get_type_hints(cls)
+
+
 @functools.cache
 def _literals(cls: type) -> dict[str, tuple[Any, ...]]:
     """Returns the values that the fields of `Literal` types may have."""
     literals = {}
-    # Annotations are text under `from __future__ import annotations`: this resolves them.
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in field_types(cls).items():
         if typing.get_origin(hint) is typing.Literal:
             literals[name] = typing.get_args(hint)
     return literals
@@ -170,7 +178,7 @@ def build(cls: type[T], values: Any, location: str) -> T:
             f"{location}={values!r} must be a mapping with the fields of {cls.__name__}."
         )
     values = _as_mapping(values)
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     check_fields(values, hints, location)
     for field in dataclasses.fields(cast(Any, cls)):
         is_required = field.default is field.default_factory  # both are MISSING

@@ -17,14 +17,13 @@ import dataclasses
 import itertools
 import json
 import os
-import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from twotower.config import FeaturesConfig
 from twotower.core.errors import ConfigError, choose
-from twotower.core.fields import check_fields, convert
+from twotower.core.fields import check_fields, convert, field_types
 from twotower.core.kinds import Kinds
 from twotower.data.contract import Use
 from twotower.features.base import Feature
@@ -221,7 +220,7 @@ def _build_feature(side: str, name: str, fields: Any) -> Feature:
     # Inherited fields too, such as the name of the table.
     known = _spec_fields(kind)
     check_fields(fields, ["type", *(field.name for field in known)], location)
-    hints = typing.get_type_hints(kind)
+    hints = field_types(kind)
     values = {}
     for field in known:
         name_of_field = f"{location}.{field.name}"
