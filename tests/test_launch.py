@@ -489,10 +489,13 @@ def test_continuous_integration_skips_no_extra_and_installs_programs_that_are_mi
     calls = local.calls()
     everything = install(".[bigquery,mlflow,plots,redis,serve,stream,text,dev]")
     assert everything in calls
-    # Style and types before the tests; those of the newest Python before the long ones.
-    modules = [(call[2], *call[3:5]) for call in calls[calls.index(everything) + 1 :]]
-    assert modules[:3] == [("ruff", "format", "--check"), ("ruff", "check", "."), ("pyright",)]
+    # Style and types before the tests; those of the newest Python before the long ones. Its
+    # installation runs beside the checks.
+    later = calls[calls.index(everything) + 1 :]
+    checks = [tuple(call[2:5]) for call in later if call[2] in ("ruff", "pyright", "pytest")]
+    assert checks[:3] == [("ruff", "format", "--check"), ("ruff", "check", "."), ("pyright",)]
     suites = [call for call in calls if call[2] == "pytest"]
+    assert calls.index(install(".[beam,dev]")) < calls.index(suites[0])
     assert ["not slow" in suite for suite in suites[:2]] == [True, False]
     apt.unlink()
     for name in ("redis-server", "chromium"):
