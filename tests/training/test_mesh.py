@@ -23,11 +23,15 @@ from twotower.training.state import state_specs
 
 pytestmark = pytest.mark.slow
 
-TOWER = {"layers": (8, 8), "dropout": 0.2}
+TOWER = {"layers": (8,), "dropout": 0.2}
 # The dense optimizer is one that does not blow up the rounding of a gradient which is 0, that of a
 # bias before batch norm.
 EVERYTHING = {
-    "model": {"user": TOWER | {"batch_norm": True}, "item": TOWER | {"batch_norm": True}},
+    # Two layers: a gradient that has passed one batch norm passes another.
+    "model": {
+        "user": TOWER | {"layers": (8, 8), "batch_norm": True},
+        "item": TOWER | {"batch_norm": True},
+    },
     "objective": {
         "symmetric": True,
         "margin": 0.1,
@@ -48,7 +52,7 @@ EVERYTHING = {
     },
     "training": {"optimizer": {"kind": "adagrad"}},
 }
-# The draws, 7, are not divided by the devices. Adam, whose first step is as long for a gradient of
+# Three devices divide neither the draws, 7, nor the rows of tables. Adam, whose first step is as long for a gradient of
 # 1e-8 as for one of 1, is slow.
 PLAIN = {
     "model": {"user": TOWER | {"layer_norm": True}, "item": {"layers": (8,)}},
@@ -80,11 +84,11 @@ LABELS = {
 
 
 @pytest.mark.parametrize(
-    "values, several",
-    [(EVERYTHING, (8,)), (PLAIN, (4, 3)), (CATALOGUE, (4,)), (HARD, (2,)), (LABELS, (8,))],
+    "values, devices",
+    [(EVERYTHING, 8), (PLAIN, 3), (CATALOGUE, 4), (HARD, 2), (LABELS, 8)],
     ids=["everything", "plain", "catalogue", "hard", "labels"],
 )
-def test_several_devices_equal_one_in_float64(values, several):
+def test_several_devices_equal_one_in_float64(values, devices):
     with jax.enable_x64(True):
         case = Case(values, jnp.float64)
         alone = case.steps(1)
@@ -92,9 +96,8 @@ def test_several_devices_equal_one_in_float64(values, several):
         assert set(case.start.tables) <= {
             name.split("'")[1] for name in differences(alone[0].tables, case.start.tables)
         }
-        for devices in several:
-            far = differences(case.steps(devices), alone)
-            assert not far or max(far.values()) < 1e-10, (devices, max(far, key=far.get))
+        far = differences(case.steps(devices), alone)
+        assert not far or max(far.values()) < 1e-10, max(far, key=far.get)
 
 
 def test_a_fresh_state_is_the_same_on_any_mesh_and_no_device_holds_a_whole_table():
