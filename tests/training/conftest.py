@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import pytest
 
 from tests.training import shop
-from twotower.training import init, loop
+from twotower.core.mesh import make_mesh
+from twotower.training import loop
 from twotower.training.candidates import count_rows
+from twotower.training.init import init_on
 
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_programs():
     """`fit` takes the program of an earlier test where configuration and shapes are the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "jit_steps", shop.jit_steps)
-        patch.setattr(init, "jit_init", shop.jit_init)
+        shop.share(patch)
         yield
 
 
@@ -22,7 +23,6 @@ def shared_programs():
 def own_programs(monkeypatch):
     """`fit` compiles for itself, as it does outside the tests."""
     monkeypatch.setattr(loop, "jit_steps", shop.jit_steps.__wrapped__)
-    monkeypatch.setattr(init, "jit_init", shop.jit_init.__wrapped__)
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +36,9 @@ def make(prepared):
 
     def build(config):
         trainer = shop.build_trainer(prepared, config)
-        counts = {side: jnp.asarray(c) for side, c in count_rows(prepared).items()}
+        state = init_on(make_mesh(1), trainer, count_rows(prepared))
         batches = shop.make_batches(prepared, config)
         batch = batches.load(batches.indices(0))
-        return trainer, shop.jit_init_state(trainer)(counts), jax.tree.map(jnp.asarray, batch)
+        return trainer, state, jax.tree.map(jnp.asarray, batch)
 
     return build

@@ -11,7 +11,7 @@ from twotower.pipeline.prepare import prepare
 from twotower.towers.two_tower import TwoTower
 from twotower.training import init, loop
 from twotower.training.candidates import corpus_size
-from twotower.training.init import init_state
+from twotower.training.optimizers import DENSE
 from twotower.training.state import Trainer
 from twotower.training.step import train_step
 
@@ -84,22 +84,31 @@ def program_key(trainer):
         del training[name]
     if training["schedule"]["kind"] == "constant":
         del training["steps"]
+    # Arguments of all programs (see `StepScalars`), but of an optimizer of one's own.
+    if training["optimizer"]["kind"] not in DENSE.origins:
+        del training["seed"], training["tables"]["learning_rate"]
+        del training["optimizer"]["learning_rate"], training["optimizer"]["weight_decay"]
     sections = (trainer.config.model, trainer.config.objective)
     options = json.dumps([training, *map(dataclasses.asdict, sections)], sort_keys=True)
     inputs = {side: list(inputs.items()) for side, inputs in trainer.model.inputs.items()}
-    shapes = {name: (t.rows, t.width, t.norm) for name, t in trainer.model.tables.items()}
-    pretrained = [name for name, t in trainer.model.tables.items() if t.initial is not None]
+    return options, repr(inputs), table_shapes(trainer), trainer.corpus, trainer.sampling
+
+
+def table_shapes(trainer):
+    """All that decides the program which draws the tables of a trainer."""
+    tables = trainer.model.tables
+    pretrained = [name for name, t in tables.items() if t.initial is not None]
     assert not pretrained, "the rows of pretrained tables would be part of the key"
-    return options, repr(inputs), repr(shapes), trainer.corpus, trainer.sampling
+    return repr({name: (t.rows, t.width, t.norm) for name, t in tables.items()})
 
 
-def cached_by_program(build):
-    """(trainer, ...) -> a program, built once for all trainers of one configuration and shapes."""
+def cached_by_program(build, key_of=program_key):
+    """(trainer, ...) -> a program, built once for all trainers of one key."""
     programs = {}
 
     @functools.wraps(build)
     def cached(trainer, *rest):
-        key = program_key(trainer), *map(_gather_key, rest)
+        key = key_of(trainer), *map(_gather_key, rest)
         if key not in programs:
             programs[key] = build(trainer, *rest)
         return programs[key]
@@ -119,15 +128,19 @@ def _gather_key(x):
 
 @cached_by_program
 def jit_step(trainer):
-    """(state, batch, constants) -> (state, metrics), one step on one device."""
+    """(state, batch, constants with the `StepScalars`) -> (state, metrics), one step on one
+    device."""
     return jax.jit(functools.partial(train_step, trainer=trainer))
 
 
-@cached_by_program
-def jit_init_state(trainer):
-    """counts -> a fresh state."""
-    return jax.jit(functools.partial(init_state, trainer))
-
-
 jit_steps = cached_by_program(loop.jit_steps)
-jit_init = cached_by_program(init.jit_init)
+jit_around = cached_by_program(init.jit_around)
+jit_tables = cached_by_program(init.jit_tables, table_shapes)
+
+
+def share(patch):
+    """Lets `fit` and `init_on` take the programs of an earlier training, where they are the same,
+    until `patch` is undone."""
+    patch.setattr(loop, "jit_steps", jit_steps)
+    patch.setattr(init, "jit_tables", jit_tables)
+    patch.setattr(init, "jit_around", jit_around)

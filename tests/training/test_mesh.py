@@ -52,8 +52,8 @@ EVERYTHING = {
     },
     "training": {"optimizer": {"kind": "adagrad"}},
 }
-# Three devices divide neither the draws, 7, nor the rows of tables. Adam, whose first step is as long for a gradient of
-# 1e-8 as for one of 1, is slow.
+# Three devices divide neither the draws, 7, nor the rows of tables. Adam, whose first step is as
+# long for a gradient of 1e-8 as for one of 1, is slow.
 PLAIN = {
     "model": {"user": TOWER | {"layer_norm": True}, "item": {"layers": (8,)}},
     "objective": {"negatives": {"uniform": 7, "frequency": "sketch"}},

@@ -55,64 +55,68 @@ def init_on(mesh: Mesh, trainer: Trainer, counts: Mapping[str, np.ndarray]) -> T
     """
     # An argument of both programs: every seed shares them.
     key_data = put(mesh, StepScalars.build(trainer.config.training).key, REPLICATED)
-    draw, assemble = jit_init(trainer, mesh)
     # Tables come first, each sharded from its first number on.
-    tables = draw(key_data)
+    tables = jit_tables(trainer, mesh)(key_data)
     for name, shape in abstract_state(trainer, mesh).tables.items():
         rows = trainer.model.pretrained_rows(name)
         if rows is not None:
             tables[name] = put(mesh, pad_rows(rows, shape.shape[0]), SHARDED)
-    return assemble(key_data, tables, put(mesh, dict(counts), REPLICATED))
+    return jit_around(trainer, mesh)(key_data, tables, put(mesh, dict(counts), REPLICATED))
 
 
-def jit_init(trainer: Trainer, mesh: Mesh) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Returns the jitted programs of a fresh state.
+def jit_tables(trainer: Trainer, mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
+    """Returns the jitted program that draws fresh tables, of which each device makes its own rows.
+
+    Args:
+        trainer: The model; its tables alone are read.
+        mesh: Devices of the run.
+
+    Returns:
+        Data of the key -> the tables that are not pretrained.
+    """
+    tables = {name: table for name, table in trainer.model.tables.items() if table.initial is None}
+    group = device_group(mesh)
+
+    def draw(key_data: jax.Array) -> dict[str, jax.Array]:
+        key = jax.random.wrap_key_data(key_data)
+        drawn = {}
+        for name, table in tables.items():
+            count = padded_rows(table.rows, mesh.size) // mesh.size
+            start = group.index() * count
+            rows = trainer.model.init_rows(key, name, start=start, count=count)
+            shared = padded_rows(table.rows)
+            if count * mesh.size > shared:
+                rows = blank_from(rows, shared, start=start)
+            drawn[name] = rows
+        return drawn
+
+    # A row's values depend on the key and its number alone: equal on any number of devices. One
+    # program for all tables, which takes a third of the time of one for each to compile.
+    return jax.jit(
+        shard_map_if_needed(mesh, draw, (REPLICATED,), SHARDED),
+        out_shardings=shardings(mesh, SHARDED),
+    )
+
+
+def jit_around(trainer: Trainer, mesh: Mesh) -> Callable[..., TrainState]:
+    """Returns the jitted program that makes the fresh state around its tables.
 
     Args:
         trainer: Model, loss and optimizers.
         mesh: Devices of the run.
 
     Returns:
-        Data of the key -> the tables that are not pretrained, whose rows each device draws for
-        itself; and (data of the key, all tables, counts) -> the state, with the tables donated.
+        (data of the key, tables, counts) -> the state, with the tables donated.
     """
-    abstract = abstract_state(trainer, mesh)
-    shardings_of_drawn = {
-        name: abstract.tables[name].sharding
-        for name, table in trainer.model.tables.items()
-        if table.initial is None
-    }
-    group = device_group(mesh)
 
-    def draw(key_data: jax.Array) -> dict[str, jax.Array]:
-        key = jax.random.wrap_key_data(key_data)
-        tables = {}
-        for name in shardings_of_drawn:
-            count = abstract.tables[name].shape[0] // mesh.size
-            start = group.index() * count
-            rows = trainer.model.init_rows(key, name, start=start, count=count)
-            shared = padded_rows(trainer.model.tables[name].rows)
-            if count * mesh.size > shared:
-                rows = blank_from(rows, shared, start=start)
-            tables[name] = rows
-        return tables
-
-    def assemble(key_data: jax.Array, tables: dict[str, jax.Array], counts: Any) -> TrainState:
+    def around(key_data: jax.Array, tables: dict[str, jax.Array], counts: Any) -> TrainState:
         return _state_around(trainer, jax.random.wrap_key_data(key_data), tables, counts)
 
-    return (
-        # A row's values depend on the key and its number alone: equal on any number of devices. One
-        # program for all tables, which takes a third of the time of one for each to compile.
-        jax.jit(
-            shard_map_if_needed(mesh, draw, (REPLICATED,), SHARDED),
-            out_shardings=shardings_of_drawn,
-        ),
-        # The tables pass through as they are: an output that is a donated input costs nothing.
-        jax.jit(
-            assemble,
-            out_shardings=jax.tree.map(lambda x: x.sharding, abstract),
-            donate_argnums=1,
-        ),
+    # The tables pass through as they are: an output that is a donated input costs nothing.
+    return jax.jit(
+        around,
+        out_shardings=jax.tree.map(lambda x: x.sharding, abstract_state(trainer, mesh)),
+        donate_argnums=1,
     )
 
 
