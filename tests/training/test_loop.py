@@ -84,6 +84,8 @@ def test_steps_are_in_proportion_to_the_examples_that_they_are_meant_for(prepare
     assert (stretched.config.training.steps, stretched.config.training.validate_every) == (24, 8)
     assert trainer.optimizers.schedule(12) < 1e-6
     assert abs(float(stretched.optimizers.schedule(12)) - 0.5) < 1e-6
+    dispatched = {"steps_for": rows // 2, "steps_per_dispatch": 4}
+    trainer = build_trainer(prepared, small_config(training=dispatched))
     assert int(fit(trainer, prepared, tmp_path, validate=_by_norm).step) == 24
     with open_checkpoints(tmp_path, trainer.config, read_only=True) as checkpoints:
         assert checkpoints.latest() == 24  # by the configuration as it was given
@@ -128,6 +130,7 @@ def test_passes_in_the_place_of_steps(prepared, tmp_path):
     assert scaled(passes=0.1).config.training.validate_every == -(-rows // (10 * batch))
     trainer = scaled(passes=1.0, schedule={"kind": "cosine"})
     assert abs(float(trainer.optimizers.schedule(every))) < 1e-6
+    trainer = scaled(passes=1.0)
     assert int(fit(trainer, prepared, tmp_path, validate=None).step) == every
     # Whether a queue is ever used is known once the examples are counted.
     queue = {"queue": batch, "queue_warmup": 5 * every}
@@ -137,31 +140,21 @@ def test_passes_in_the_place_of_steps(prepared, tmp_path):
         trainer.scaled_to(rows)
 
 
-def test_streamed_training_equals_resident_training(prepared, tmp_path):
-    resident = fit(build_trainer(prepared, small_config()), prepared, tmp_path / "a", validate=None)
-    streamed_config = small_config(training={"resident_megabytes": 0})
-    streamed = fit(
-        build_trainer(prepared, streamed_config), prepared, tmp_path / "b", validate=None
-    )
-    _equal_bits(resident, streamed)
-
-
-@pytest.mark.parametrize("resident_megabytes", [0, 100])
-def test_several_steps_a_dispatch_are_the_same_steps(prepared, tmp_path, resident_megabytes):
-    def run_of(steps, name):
-        training = {"resident_megabytes": resident_megabytes, "steps_per_dispatch": steps}
-        trainer = build_trainer(prepared, small_config(training=training))
-        return fit(trainer, prepared, tmp_path / name, validate=_by_norm)
-
-    one = run_of(1, "one")
-    _equal_bits(one, run_of(4, "four"))
-    lines = [
-        [json.loads(x) for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
-        for n in ("one", "four")
-    ]
-    assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
-    losses = [[line["loss"] for line in part if "loss" in line] for part in lines]
-    assert losses[0] == losses[1]
+def test_streamed_or_resident_and_several_steps_a_dispatch_are_the_same_steps(prepared, tmp_path):
+    states = []
+    histories = []
+    for resident_megabytes in (0, 100):
+        for steps in (1, 4):
+            training = {"resident_megabytes": resident_megabytes, "steps_per_dispatch": steps}
+            trainer = build_trainer(prepared, small_config(training=training))
+            workdir = tmp_path / str(len(states))
+            states.append(fit(trainer, prepared, workdir, validate=_by_norm))
+            lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+            histories.append([(line["step"], line.get("loss")) for line in lines])
+    for other in states[1:]:
+        _equal_bits(states[0], other)
+    assert len(histories[0]) == 9
+    assert all(history == histories[0] for history in histories)
 
 
 def test_dispatches_chosen_by_time_are_the_same_steps_wherever_they_end(

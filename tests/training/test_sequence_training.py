@@ -20,7 +20,7 @@ from twotower.towers.two_tower import TwoTower
 from twotower.training.candidates import corpus_size, count_rows
 from twotower.training.init import init_on
 from twotower.training.loop import fit
-from twotower.training.state import Trainer
+from twotower.training.state import Trainer, state_specs
 from twotower.training.step import train_step
 
 pytestmark = pytest.mark.slow
@@ -77,11 +77,14 @@ def log(folder, times=None):
     return write_log(folder / f"{times}.csv", rows=150, times=times)
 
 
+def trainer_of(config, prepared):
+    model = TwoTower.build(config.model, prepared.encoder)
+    return Trainer.build(config, model, corpus_size(prepared))
+
+
 def prepared_and_trainer(config):
     prepared = prepare(config)
-    return prepared, Trainer.build(
-        config, TwoTower.build(config.model, prepared.encoder), corpus_size(prepared)
-    )
+    return prepared, trainer_of(config, prepared)
 
 
 def catalogue_of(prepared, trainer):
@@ -134,8 +137,7 @@ def test_all_positions_in_one_pass_are_every_prefix_by_itself(
         config = dataclasses.replace(
             config, training=dataclasses.replace(config.training, batch_size=rows)
         )
-        prepared, trainer = prepared_and_trainer(config)
-        found[examples] = one_step(prepared, trainer, rows)
+        found[examples] = one_step(prepared, trainer_of(config, prepared), rows)
     state, metrics = found["sequences"]
     expected, others = found["interactions"]
     np.testing.assert_allclose(metrics["loss"], others["loss"], rtol=1e-5)
@@ -166,9 +168,10 @@ def test_eight_devices_do_what_one_does(tmp_path_factory):
     found = {}
     examples = prepared.training_examples()
     batches = Batches(examples, batch_size=8, seed=0, resident_megabytes=0)
+    start = jax.device_get(init_on(make_mesh(1), trainer, count_rows(prepared)))
     for devices in (1, 8):
         mesh = make_mesh(devices)
-        state = init_on(mesh, trainer, count_rows(prepared))
+        state = jax.tree.map(functools.partial(put, mesh), start, state_specs(start))
         run = jax.jit(on_mesh(trainer, mesh), compiler_options=FAST)
         for step in range(2):
             state, metrics = run(

@@ -66,17 +66,16 @@ def go_on(tiny):
     return run
 
 
-def test_saved_on_eight_devices_it_goes_on_on_four_on_three_and_on_eight_again(go_on, tmp_path):
+def test_saved_on_eight_devices_it_goes_on_on_three_and_on_eight_again(go_on, tmp_path):
     whole = go_on(tmp_path / "whole", 8)
     with pytest.raises(Stopped):
         go_on(tmp_path / "moved", 8, until=2)  # one is asked for before the first step
     shutil.copytree(tmp_path / "moved", tmp_path / "stayed")
     same = go_on(tmp_path / "stayed", 8)
     assert not differences(jax.device_get(same), jax.device_get(whole))
-    # Tables of three devices have rows of padding that those of the others lack.
-    for devices in (4, 3):
-        with pytest.raises(Stopped):
-            go_on(tmp_path / "moved", devices, until=1)
+    # Tables of three devices have rows of padding that those of eight lack.
+    with pytest.raises(Stopped):
+        go_on(tmp_path / "moved", 3, until=1)
     moved = go_on(tmp_path / "moved", 8)
     assert int(moved.step) == int(whole.step) == 8
     assert float(moved.opt_state["plateau"].scale) < 1
@@ -113,5 +112,6 @@ def test_the_checksum_sees_one_element_of_one_device(prepared):
 
 def test_the_host_sums_by_blocks_as_a_device_does_at_once():
     # Floats and whole numbers, and more of them than a block.
-    state = {"table": jnp.linspace(-1.0, 1.0, 2**19 + 3), "step": jnp.int32(7)}
+    table = np.linspace(-1.0, 1.0, 2**19 + 3, dtype=np.float32)
+    state = jax.device_put({"table": table, "step": np.int32(7)})
     assert checksum(state) == int(device_checksum(state))
