@@ -425,10 +425,11 @@ def regroup(scratch: Path, logs: Path) -> None:
         lines = [line for line in read_lines(path) if "loss" in line]
         losses.append([line["loss"] for line in lines])
     runs = [load_run(path, checkpoint="latest") for path in (whole, workdir)]
-    pairs = zip(*(jax.tree.leaves(run.weights) for run in runs), strict=True)
-    far = [float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs]
     print(f"losses differ by at most {np.max(np.abs(np.subtract(*losses))):.2g}")
-    print(f"weights differ by at most {max(far):.2g}")
+    for kind, weights in (("tables", "tables"), ("weights of the towers", "params")):
+        pairs = zip(*(jax.tree.leaves(getattr(run.weights, weights)) for run in runs), strict=True)
+        far = [float(np.max(np.abs(np.asarray(a) - np.asarray(b)))) for a, b in pairs]
+        print(f"{kind} differ by at most {max(far):.2g}")
 
 
 @contextlib.contextmanager
