@@ -27,6 +27,7 @@ def test_a_mistake_replaces_what_exists(mistake):
 
 # In a process of its own, since this one has threads that a fork would not survive.
 RUN = """
+import jax, jaxtyping, pyarrow.compute, pytest  # once, before the forks
 from experiments.benchmarks.mistakes import Mistake
 from experiments.benchmarks.mutations import attempt, find_tests
 
