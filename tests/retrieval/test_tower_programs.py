@@ -16,7 +16,7 @@ from twotower.retrieval.bundle import load_bundle
 from twotower.retrieval.embed import embed_rows
 from twotower.retrieval.export import known_users, make_tower_programs
 from twotower.retrieval.retriever import Retriever
-from twotower.retrieval.tower_programs import PLATFORMS
+from twotower.retrieval.tower_programs import PLATFORMS, TowerPrograms
 
 pytestmark = pytest.mark.slow
 
@@ -56,6 +56,18 @@ def test_programs_give_the_trainers_vectors_at_any_batch_size(towers):
             served.embed("item", part, batch=batch), trained[rows], atol=1e-6
         )
     assert served.embed("item", {name: x[:0] for name, x in features.items()}).shape == (0, 8)
+
+
+def test_other_weights_are_answered_by_the_program_that_is_there(towers, caplog):
+    """A new version of a bundle: nothing is compiled again, and the vectors are its own."""
+    run, served = towers
+    features = {name: x[:2] for name, x in run.prepared.features["item"].items()}
+    before = served.embed("item", features)
+    weights = jax.tree.map(lambda x: x + 1, served.weights)
+    with jax.log_compiles(True):
+        after = TowerPrograms(dict(served.programs), weights).embed("item", features)
+    assert "Compiling" not in caplog.text and np.abs(after - before).max() > 0.01
+    np.testing.assert_array_equal(served.embed("item", features), before)
 
 
 def test_programs_are_small_and_for_every_platform(towers):

@@ -8,6 +8,7 @@ parameters, one .npy a table, and no pickle.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -119,24 +120,18 @@ class TowerPrograms:
 
     def _load(self) -> LoadedTowers:
         import jax
-        import jax.export
 
         try:
-            exported = {
-                side: jax.export.deserialize(bytearray(program))
-                for side, program in self.programs.items()
-            }
-            dim = exported["user"].out_avals[0].shape[-1]
+            read = {side: _read_program(bytes(x)) for side, x in self.programs.items()}
         # JAX raises many kinds for a program of a version that it does not read; the cause is kept.
         except Exception as error:
             raise BundleError(
                 f"{self._folder or 'Bundle'}: the towers (*.stablehlo) cannot be read by this JAX: "
                 f"{error}. Export again."
             ) from error
-        # Compiled once a shape; without `jit` each call would be prepared anew.
-        calls = {side: jax.jit(program.call) for side, program in exported.items()}
+        calls = {side: call for side, (call, _) in read.items()}
         # Once: passing NumPy arrays would copy the tables to the device for every call.
-        return LoadedTowers(calls, jax.device_put(dict(self.weights)), dim)
+        return LoadedTowers(calls, jax.device_put(dict(self.weights)), read["user"][1])
 
     def embed(
         self, side: str, features: Mapping[str, np.ndarray], *, batch: int = BATCH
@@ -185,6 +180,20 @@ class TowerPrograms:
         for size in sizes:
             self.embed(side, {name: np.repeat(x, size, axis=0) for name, x in features.items()})
         return sizes
+
+
+# A new version of a bundle mostly has the programs of the one before and other weights: they are
+# neither read nor compiled again. The oldest go, since a process may load bundles without end.
+@functools.lru_cache(maxsize=16)
+def _read_program(program: bytes) -> tuple[Callable[[Any, Any], jax.Array], int]:
+    """Returns the function of weights and features that a program is, and the width of its
+    vectors."""
+    import jax
+    import jax.export
+
+    exported = jax.export.deserialize(bytearray(program))
+    # Compiled once a shape; without `jit` each call would be prepared anew.
+    return jax.jit(exported.call), exported.out_avals[0].shape[-1]
 
 
 @runtime_checkable
