@@ -59,6 +59,11 @@ def total_of(heads, params, users, items, labels, weights, everyone=lambda x: x)
     )
 
 
+# Jitted, since its operations one by one would be compiled one by one.
+def logits_of(heads, params, users, items):
+    return jax.jit(functools.partial(multitask.head_logits, heads))(params, users, items)
+
+
 def by_hand(name, params, users, items):
     """The logits in NumPy, from the parameters alone."""
     users, items = (
@@ -78,7 +83,7 @@ def by_hand(name, params, users, items):
 def test_logits_are_those_of_dense_layers_over_the_combined_vectors(problem, name):
     heads, params, users, items, *_ = problem
     params = jax.tree.map(lambda x: x + 0.3, params)  # biases too
-    found = multitask.head_logits(heads, params, users, items)
+    found = logits_of(heads, params, users, items)
     assert list(found) == list(HEADS) and found[name].shape == (B,)
     np.testing.assert_allclose(
         found[name], by_hand(name, params, users, items), rtol=1e-4, atol=1e-5
@@ -93,11 +98,10 @@ def test_fresh_logits_of_unit_vectors_are_of_order_1(name, key):
         x / jnp.linalg.norm(x, axis=1, keepdims=True) for x in jax.random.normal(key, (2, 500, 64))
     )
     heads = heads_of()
-    logits = multitask.head_logits(heads, multitask.init_heads(heads, 64, key), users, items)
+    params = multitask.init_heads(heads, 64, key)
+    logits = logits_of(heads, params, users, items)
     assert 0.3 < float(logits[name].std()) < 3
-    scaled = multitask.head_logits(
-        heads, multitask.init_heads(heads, 64, key), 50 * users, items / 50
-    )
+    scaled = logits_of(heads, params, 50 * users, items / 50)
     np.testing.assert_allclose(scaled[name], logits[name], rtol=1e-3, atol=1e-4)
 
 
@@ -118,10 +122,10 @@ def test_a_missing_label_is_as_if_the_row_were_not_there(problem):
         one = {name: heads[name]}
         known = np.flatnonzero(~np.isnan(labels[heads[name].label]))
         sliced = {column: x[known] for column, x in labels.items()}
-        value = jax.value_and_grad(total_of, (1, 2, 3))
-        masked, (of_params, *of_vectors) = value(one, params, users, items, labels, weights)
+        value = jax.jit(jax.value_and_grad(functools.partial(total_of, one), (0, 1, 2)))
+        masked, (of_params, *of_vectors) = value(params, users, items, labels, weights)
         expected, (params_expected, *rows_expected) = value(
-            one, params, users[known], items[known], sliced, weights[known]
+            params, users[known], items[known], sliced, weights[known]
         )
         assert 0 < len(known) < B and float(masked) == pytest.approx(float(expected), rel=1e-6)
         jax.tree.map(
@@ -137,8 +141,9 @@ def test_a_missing_label_is_as_if_the_row_were_not_there(problem):
 def test_a_head_whose_labels_are_all_missing_costs_and_moves_nothing(problem):
     heads, params, users, items, labels, weights = problem
     labels = labels | {"clicked": jnp.full(B, jnp.nan)}
-    value, grads = jax.value_and_grad(total_of, 1)(heads, params, users, items, labels, weights)
-    alone = total_of({"like": heads["like"]}, params, users, items, labels, weights)
+    arrays = (params, users, items, labels, weights)
+    value, grads = jax.jit(jax.value_and_grad(functools.partial(total_of, heads)))(*arrays)
+    alone = jax.jit(functools.partial(total_of, {"like": heads["like"]}))(*arrays)
     assert float(value) == float(alone) and not jax.tree.reduce(
         lambda a, b: a + float(abs(b).sum()), grads["click"], 0.0
     )
@@ -146,8 +151,8 @@ def test_a_head_whose_labels_are_all_missing_costs_and_moves_nothing(problem):
 
 def test_a_zero_vector_gives_finite_gradients(problem):
     heads, params, users, items, labels, weights = problem
-    grads = jax.grad(total_of, (1, 2, 3))(
-        heads, params, users.at[1].set(0), items.at[3].set(0), labels, weights
+    grads = jax.jit(jax.grad(functools.partial(total_of, heads), (0, 1, 2)))(
+        params, users.at[1].set(0), items.at[3].set(0), labels, weights
     )
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
 
@@ -169,7 +174,8 @@ def test_the_shares_of_devices_add_up_to_one_device(problem):
         jax.shard_map(step, mesh=mesh, in_specs=(P(), *[P("devices")] * 4), out_specs=P())
     )
     found = sharded(params, users, items, labels, weights)
-    expected = jax.value_and_grad(total_of, 1)(heads, params, users, items, labels, weights)
+    alone = jax.jit(jax.value_and_grad(functools.partial(total_of, heads)))
+    expected = alone(params, users, items, labels, weights)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected
     )

@@ -47,9 +47,10 @@ def of(lengths, seed=0, gaps=0):
     """Histories of so many events; what stands behind them is not zero, so that nobody may look at
     it."""
     rng = np.random.default_rng(seed)
-    valid = jnp.arange(L)[None] < jnp.asarray(lengths)[:, None]
+    valid = np.arange(L)[None] < np.asarray(lengths)[:, None]
     found = jnp.asarray(rng.integers(0, gaps + 1, valid.shape), jnp.int32) if gaps else None
-    return History(jnp.asarray(rng.normal(size=(len(lengths), L, E)), jnp.float32), valid, found)
+    vectors = jnp.asarray(rng.normal(size=(len(lengths), L, E)), jnp.float32)
+    return History(vectors, jnp.asarray(valid), found)
 
 
 def packed(history, rows, slots):
@@ -70,7 +71,7 @@ def packed(history, rows, slots):
             at = end
     return History(
         jnp.asarray(vectors),
-        jnp.asarray(segment) > 0,
+        jnp.asarray(segment > 0),
         segment=jnp.asarray(segment),
         position=jnp.asarray(position),
     )
@@ -244,8 +245,8 @@ def test_a_gru_in_bfloat16_is_near_the_one_in_float32():
 
 def test_a_weighted_bag_is_the_weighted_mean():
     history = of([3, 5])._replace(
-        log_weights=jnp.log(
-            jnp.asarray(np.random.default_rng(0).uniform(1, 10, (2, L)), jnp.float32)
+        log_weights=jnp.asarray(
+            np.log(np.random.default_rng(0).uniform(1, 10, (2, L))), jnp.float32
         )
     )
     weights = np.where(history.valid, np.exp(history.log_weights), 0)
@@ -269,9 +270,10 @@ def test_a_bag_may_learn_what_recent_events_are_worth():
         for n, x in zip((3, 6), np.asarray(history.vectors))
     ]
     bag = HISTORIES["bag"](HistoryConfig(kind="bag", dropout=0.0, recency=True), L, 0)
-    params = bag.init(jax.random.key(0), history)
-    np.testing.assert_allclose(bag.apply(params, history), expected, rtol=1e-4, atol=1e-6)
-    learned = jax.grad(lambda params: bag.apply(params, history)[0, 0])(params)["params"]["recency"]
+    params = jax.jit(bag.init)(jax.random.key(0), history)
+    np.testing.assert_allclose(jax.jit(bag.apply)(params, history), expected, rtol=1e-4, atol=1e-6)
+    first = jax.jit(jax.grad(lambda params: bag.apply(params, history)[0, 0]))
+    learned = first(params)["params"]["recency"]
     assert jnp.all(learned[:3] != 0) and not jnp.any(learned[3:])
     turned = of([6])._replace(vectors=of([6]).vectors[:, ::-1])
     for kind in ("bag", "attention"):
@@ -331,9 +333,7 @@ def test_events_one_after_the_other_have_the_vectors_and_gradients_of_windows(ki
     history = of([3, 0, L, 1], gaps=5)
     apply = make(kind, gaps=5, recency=True)
     rng = np.random.default_rng(2)
-    history = history._replace(
-        log_weights=jnp.asarray(rng.normal(size=history.valid.shape), jnp.float32)
-    )
+    history = history._replace(log_weights=rng.normal(size=history.valid.shape).astype(np.float32))
     lengths = np.asarray(history.valid.sum(1))
     row = np.repeat(np.arange(4), lengths)
     slot = np.concatenate([np.arange(length) for length in lengths])
@@ -359,7 +359,7 @@ def test_events_one_after_the_other_have_the_vectors_and_gradients_of_windows(ki
         return jnp.square(apply(form(history._replace(vectors=vectors)))) @ jnp.arange(1.0, E + 1)
 
     def value_and_gradient(form):
-        return jax.value_and_grad(lambda v: loss(v, form).sum())(history.vectors)
+        return jax.jit(jax.value_and_grad(lambda v: loss(v, form).sum()))(history.vectors)
 
     expected = value_and_gradient(lambda h: h)
     found = value_and_gradient(flat_of)

@@ -366,7 +366,9 @@ class TwoTower:
 
     def _embed_example(self, side: str) -> jax.Array:
         columns, history = self._example(side)
-        # Any key: under `eval_shape` nothing is drawn.
-        variables = self._init_tower(side, jax.random.key(0))
-        vectors: Any = self.towers[side].apply(variables, columns, history=history)
+        # One pass gives both the parameters and the vectors. Any key: under `eval_shape` nothing is
+        # drawn.
+        key = jax.random.key(0)
+        vectors: Any
+        vectors, _ = self.towers[side].init_with_output(key, columns, history=history)
         return vectors
