@@ -201,16 +201,17 @@ def _slices(comparison: Comparison, metric: str) -> list[Chart]:
         marks = []
         for row in found:
             if row in large:
-                marks.append(Mark(row.part.value, row.figures[second], other=row.figures[first]))
+                marks.append(Mark(row.part.value, row.figures[first], other=row.figures[second]))
         rows = []
         for row in found:
             figures = [f"{row.figures[run]:.4f}" for run in comparison.runs]
             rows.append([row.part.value, f"{row.queries:,}", *figures])
         svg = row_chart(
-            f"slice{number}", marks, x_label=f"{metric} (0 to 1)", label=second, other_label=first
+            f"slice{number}", marks, x_label=f"{metric} (0 to 1)", label=first, other_label=second
         )
         title = slice_title(name)
-        caption = f"{metric} of each part apart. Filled: {second}; hollow: {first}."
+        # In the colours that the lines above have.
+        caption = f"{metric} of each part apart. Filled: {first}; hollow: {second}."
         header = ["part", "queries", *comparison.runs]
         made.append(Chart(f"slice{number}", title, svg, caption, Table(header, rows, title)))
     return made
