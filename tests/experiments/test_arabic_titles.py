@@ -30,8 +30,10 @@ def embed(tmp_path_factory):
     config = arabic_shop.get_config()
     config.data.num_interactions = 20_000
     config.features.user = {"user_id": {"type": "string", "embedding_size": 32}}
+    config.features.item.item_id["embedding_size"] = 16
+    config.features.item.title_ar["embedding_size"] = 48
     config.model.user.layers = config.model.item.layers = (32,)
-    config.training.batch_size = 256
+    config.training.batch_size = 128
     config.training.steps = config.training.validate_every = 120
     config.training.tables.learning_rate = 0.1
     config.model.user.dropout = config.model.item.dropout = 0.0

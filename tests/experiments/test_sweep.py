@@ -11,7 +11,7 @@ from twotower import api
 from twotower.evaluation.report.text import format_report
 from twotower.experiment import load_config
 
-TRIALS = 5
+TRIALS = 4
 EXPERIMENT = f"""
 from twotower.config import defaults
 
