@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import runpy
 import sys
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
 from typing import Any
 
 import msgspec
@@ -112,7 +112,11 @@ def serve_kept(port: int, folder: str) -> None:
             lists[k] = recommend(self, *whom, k=k, **options)
         return lists[k]
 
+    def kept_each(self: Retriever, asked: Sequence[Any], *, k: int = 10, **options: Any) -> Any:
+        return [kept(self, k=k, **who, **options) for who in asked]
+
     Retriever.recommend = kept
+    Retriever.recommend_each = kept_each
     sys.argv[1:] = ["serve", f"--bundle={folder}", f"--port={port}", f"--events={folder}.kept"]
     runpy.run_module("twotower", run_name="__main__")
 

@@ -55,6 +55,18 @@ def test_the_same_vectors_give_the_same_index(built, vectors):
     assert again.tuning == built.tuning
 
 
+@pytest.mark.parametrize("k", [1, 30])
+def test_queries_in_batches_of_all_sizes_find_what_they_find_alone(built, vectors, k):
+    users, _ = vectors
+    alone = [built.search(users[number : number + 1], k) for number in range(40)]
+    scores = np.concatenate([found for found, _ in alone])
+    rows = np.concatenate([found for _, found in alone])
+    for size in (2, 9, 40):
+        found, found_rows = built.search(users[:size], k)
+        np.testing.assert_array_equal(found_rows, rows[:size])
+        np.testing.assert_allclose(found, scores[:size], rtol=1e-6)
+
+
 def test_what_is_not_found_is_minus_one_and_never_row_zero(built, vectors):
     users, _ = vectors
     scores, rows = built.search_with(users[:5], 3_500, 1, 400)  # one leaf: ScaNN itself has to pad

@@ -98,6 +98,35 @@ def approximate():
     return build_index(items, config, normalized=True, queries=users), items, users
 
 
+class Shallow(UnconditionalIndex):
+    """Looks at more items for longer lists, as approximate ones do."""
+
+    def search(self, queries, k):
+        return ExactIndex(np.asarray(ITEMS[: 3 * k + 40])).search(queries, k)
+
+
+@pytest.mark.parametrize("most", [0, 5, 60])
+@pytest.mark.parametrize("share", [None, 0.6])
+def test_each_of_several_gets_the_list_that_it_gets_alone(most, share):
+    """Whatever is left out for the others: more of it means more effort, and another list."""
+    index = Shallow(ITEMS)
+    rng = np.random.default_rng(6)
+    # Some with equally many, some with none.
+    lengths = rng.integers(0, most + 1, 19)
+    lists = [rng.choice(400, length, replace=False) for length in lengths.tolist()]
+    exclude = Ragged(np.cumsum([0, *lengths]), np.concatenate(lists).astype(np.int32))
+    allowed = AllowedRows.from_mask(rng.random(400) < share) if share else None
+    found = search_filtered(index, ITEMS, QUERIES, 10, exclude, allowed=allowed, each_as_alone=True)
+    differs = 0
+    among_all = search_filtered(index, ITEMS, QUERIES, 10, exclude, allowed=allowed)
+    for query in range(19):
+        one = exclude.take(np.array([query]))
+        alone = search_filtered(index, ITEMS, QUERIES[query : query + 1], 10, one, allowed=allowed)
+        assert_same_lists((found[0][query : query + 1], found[1][query : query + 1]), alone)
+        differs += (among_all[1][query] != alone[1][0]).any()
+    assert (differs > 0) == (most > 0)
+
+
 @pytest.mark.parametrize("share", [0.001, 0.02, 0.2, 0.7])
 def test_an_approximate_index_finds_its_share_of_what_is_allowed(approximate, share):
     """Few allowed items, which are compared one by one; many, for which more is fetched; and items

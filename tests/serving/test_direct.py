@@ -7,16 +7,25 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from twotower.serving.direct import DirectProtocol, Reply
+from twotower.serving import direct
+from twotower.serving.direct import DirectProtocol, Queue, Reply
 
 PATH = b"/direct"
 
 
 class Endpoint:
-    """Tells the body that it was sent."""
+    """Tells the bodies that it was sent, those of one call in one yield."""
 
-    def reply(self, headers, body, arrived):
-        return Reply(200, [(b"content-type", b"text/plain")], b"direct " + body)
+    def __init__(self):
+        self.calls = []
+
+    def replies(self, requests):
+        self.calls.append([request.body for request in requests])
+        headers = [(b"content-type", b"text/plain")]
+        yield {
+            number: Reply(200, headers, b"direct " + request.body)
+            for number, request in enumerate(requests)
+        }
 
 
 async def usual(scope, receive, send):
@@ -37,8 +46,11 @@ async def usual(scope, receive, send):
 class Broken:
     """Fails in a way that no endpoint foresees."""
 
-    def reply(self, headers, body, arrived):
-        raise ValueError("a defect")
+    def replies(self, requests):
+        for number, request in enumerate(requests):
+            if request.body == b"broken":
+                raise ValueError("a defect")
+            yield {number: Reply(200, [], b"first " + request.body)}
 
 
 class Transport(asyncio.Transport):
@@ -66,8 +78,21 @@ class Transport(asyncio.Transport):
         pass
 
 
+class Slow:
+    """Takes longer than a turn for each answer."""
+
+    def __init__(self):
+        self.calls = []
+
+    def replies(self, requests):
+        self.calls.append([request.body for request in requests])
+        for number, request in enumerate(requests):
+            yield {number: Reply(200, [], b"slow " + request.body)}
+
+
 class Connection(DirectProtocol):
-    direct = {PATH: Endpoint(), b"/broken": Broken()}
+    direct = {PATH: Endpoint(), b"/broken": Broken(), b"/slow": Slow()}
+    queue = Queue(4)
     idle_seconds = 60.0
     is_crowded = True
     ended = 0
@@ -82,6 +107,13 @@ class Connection(DirectProtocol):
 
     def refuse_late(self):
         self.transport.write(b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nlate")
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    monkeypatch.setattr(Connection, "queue", Queue(4))
+    monkeypatch.setattr(Connection, "direct", {**Connection.direct, PATH: Endpoint()})
+    Connection.direct[b"/slow"].calls.clear()
 
 
 @contextlib.contextmanager
@@ -236,7 +268,7 @@ def test_a_defect_ends_the_connection_whose_client_would_wait_for_good():
         told = []
         loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
         with connected(loop) as (protocol, transport):
-            protocol.data_received(post(b"/broken", b"x"))
+            protocol.data_received(post(b"/broken", b"broken"))
             await turns()
             return told, transport.is_closed, protocol.ended
 
@@ -256,3 +288,90 @@ def test_a_client_that_takes_no_answers_gets_no_more_of_them():
             return before, bodies(transport.written)
 
     assert asyncio.run(ask()) == (b"", [b"usual x"] * 3)
+
+
+def ask_together(requests):
+    """Returns what each of several connections is answered that ask at the same moment."""
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _, context: told.append(str(context["exception"])))
+        with contextlib.ExitStack() as stack:
+            made = [stack.enter_context(connected(loop)) for _ in requests]
+            for (protocol, _), request in zip(made, requests):
+                protocol.data_received(request)
+            await turns()
+            assert [protocol.ended for protocol, _ in made] == [1] * len(made)
+            return [bodies(transport.written) for _, transport in made], [
+                transport.is_closed for _, transport in made
+            ]
+
+    told = []
+    return *asyncio.run(ask()), told
+
+
+def test_requests_of_the_same_moment_are_answered_together_some_at_a_time():
+    texts = [b"%d" % n for n in range(6)]
+    found, _, _ = ask_together([post(PATH, text) for text in texts])
+    assert found == [[b"direct " + text] for text in texts]
+    # As many as the queue takes at once, and the others in the next turn.
+    assert Connection.direct[PATH].calls == [texts[:4], texts[4:]]
+
+
+def test_a_defect_ends_the_connections_that_it_leaves_without_an_answer_and_no_others():
+    requests = [post(b"/broken", text) for text in (b"x", b"broken", b"y")]
+    found, closed, told = ask_together([*requests, post(PATH, b"z"), post(PATH, b"0")])
+    assert found == [[b"first x"], [], [], [b"direct z"], [b"direct 0"]]
+    assert closed == [False, True, True, False, False] and told == ["a defect"]
+
+
+def test_requests_that_a_turn_has_no_time_for_come_first_in_the_next(monkeypatch):
+    monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
+    requests = [post(b"/slow", text) for text in (b"a", b"b", b"c")]
+    found, _, _ = ask_together([*requests, post(PATH, b"z"), post(PATH, b"last")])
+    assert found == [[b"slow a"], [b"slow b"], [b"slow c"], [b"direct z"], [b"direct last"]]
+    # One a turn, before the one that did not fit into the first.
+    assert Connection.direct[b"/slow"].calls == [[b"a", b"b", b"c"], [b"b", b"c"], [b"c"]]
+    # Those of another endpoint are not made to wait for the slow ones.
+    assert Connection.direct[PATH].calls[0] == [b"z"]
+
+
+def test_one_that_waits_for_another_turn_may_be_refused_and_its_client_may_go(monkeypatch):
+    monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            made = [stack.enter_context(connected(loop)) for _ in range(3)]
+            for number, (protocol, _) in enumerate(made):
+                protocol.data_received(post(b"/slow", b"%d" % number))
+            await asyncio.sleep(0)
+            # The first was answered in that turn.
+            made[1][0].wait_seconds = -1.0
+            made[2][0].connection_lost(None)
+            await turns()
+            ended = [protocol.ended for protocol, _ in made]
+            return [bodies(transport.written) for _, transport in made[:2]], ended
+
+    assert asyncio.run(ask()) == ([[b"slow 0"], [b"late"]], [1, 1, 1])
+
+
+def test_requests_are_gathered_for_a_time_or_until_there_are_enough(monkeypatch):
+    async def ask(count):
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            made = [stack.enter_context(connected(loop)) for _ in range(count)]
+            for number, (protocol, _) in enumerate(made):
+                protocol.data_received(post(PATH, b"%d" % number))
+                await turns()
+            early = [bool(transport.written) for _, transport in made]
+            # As if that time had passed.
+            Connection.queue._first_at -= 60
+            await turns()
+            return early, [bodies(transport.written) for _, transport in made]
+
+    monkeypatch.setattr(Connection, "queue", Queue(4, 30.0))
+    assert asyncio.run(ask(3)) == ([False] * 3, [[b"direct %d" % n] for n in range(3)])
+    monkeypatch.setattr(Connection, "queue", Queue(4, 30.0))
+    assert asyncio.run(ask(5))[0] == [True] * 4 + [False]
+    assert [len(call) for call in Connection.direct[PATH].calls] == [3, 4, 1]

@@ -1,21 +1,21 @@
 """Requests that are answered together: each as it is answered alone, whatever stands beside it."""
 
-import asyncio
+import json
+import time
 import types
 
 import numpy as np
 import pytest
 
 from tests.index.fakes import UnconditionalIndex
-from tests.serving.asking import ask, make_app, send
+from tests.serving.asking import ask, make_app
 from twotower.core.errors import ConfigError
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import append_coordinate
 from twotower.retrieval.retriever import Retriever
-from twotower.serving.limits import Limits
-from twotower.serving.lists.together import MAX_TOGETHER, Together
+from twotower.serving.direct import WholeRequest
 
-BATCH = Limits(batch_us=2_000)
+HEADERS = [(b"content-type", b"application/json")]
 
 
 @pytest.fixture(scope="module", params=[ExactIndex, UnconditionalIndex])
@@ -35,7 +35,8 @@ def bodies(retriever):
     """Requests of all kinds, alike and not, and some that are refused."""
     users = retriever.bundle.users["user_id"].to_pylist()
     items = retriever.bundle.items["item_id"].to_pylist()
-    made = [{"user_id": user} for user in users[:5]]
+    # As many as an approximate index is searched for at once.
+    made = [{"user_id": user} for user in users[:12]]
     made += [{"user_id": user, "history": items[n : n + 3]} for n, user in enumerate(users[5:8])]
     made += [{"history": items[n : n + 4]} for n in range(3)]
     made += [{"user_id": f"new-{n}", "features": {"city": "Riyadh"}} for n in range(2)]
@@ -50,16 +51,29 @@ def bodies(retriever):
 
 
 def ask_at_once(app, requests):
-    async def gather():
-        calls = [send(app, "POST", "/v1/retrieve", body) for body in requests]
-        return await asyncio.gather(*calls)
+    """Returns the replies to requests that wait at the same moment, and how many came at once."""
+    endpoint = app.direct[b"/v1/retrieve"]
+    now = time.perf_counter()
+    whole = [WholeRequest(HEADERS, json.dumps(body).encode(), now) for body in requests]
+    replies = {}
+    sizes = []
+    for made in endpoint.replies(whole):
+        assert not made.keys() & replies.keys()
+        replies |= made
+        sizes.append(len(made))
+    return [replies[number] for number in range(len(requests))], sizes
 
-    return asyncio.run(gather())
+
+def encode_together(app):
+    """Lets the tower encode several users at once, as a server does."""
+    for answers in app.versions:
+        answers.max_together = 64
+    return app
 
 
-def assert_alike(response, alone):
-    assert response.status_code == alone.status_code, response.text
-    found = response.json()
+def assert_alike(reply, alone):
+    assert reply.status == alone.status_code, reply.body
+    found = json.loads(reply.body)
     expected = alone.json()
     if alone.status_code != 200:
         assert found == expected
@@ -75,20 +89,29 @@ def assert_alike(response, alone):
     assert found["items"] == expected["items"]
 
 
-def test_requests_of_all_kinds_are_answered_as_alone(retriever, tmp_path):
+@pytest.mark.parametrize("encodes_together", [True, False])
+def test_requests_of_all_kinds_are_answered_as_alone(retriever, tmp_path, encodes_together):
     requests = bodies(retriever)
     apart = make_app(retriever, tmp_path / "apart")
-    together = make_app(retriever, tmp_path / "together", limits=BATCH)
+    together = make_app(retriever, tmp_path / "together")
+    if encodes_together:
+        encode_together(together)
     alone = [ask(apart, "POST", "/v1/retrieve", body) for body in requests]
     assert {response.status_code for response in alone} == {200, 400}
-    for response, expected in zip(ask_at_once(together, requests), alone):
-        assert_alike(response, expected)
-    counted = dict(
-        line.split() for line in together.metrics.format().decode().splitlines() if line[0] != "#"
-    )
-    # All of them, in fewer batches than there are requests.
-    assert float(counted["twotower_batch_requests_sum"]) == len(requests)
-    assert float(counted["twotower_batch_requests_count"]) < len(requests) / 2
+    replies, _ = ask_at_once(together, requests)
+    for reply, expected in zip(replies, alone):
+        assert_alike(reply, expected)
+    counted = [
+        sorted(filter(counts, app.metrics.format().decode().splitlines()))
+        for app in (apart, together)
+    ]
+    assert counted[0] and counted[0] == counted[1]
+    assert together.metrics.batches._sum.get() == len(requests)
+
+
+def counts(line):
+    """Whether a line of metrics counts requests, or items by their source."""
+    return line.startswith(("twotower_requests_total", "twotower_recommended_items_total"))
 
 
 def test_one_call_of_the_tower_encodes_those_who_ask_alike(retriever, tmp_path, monkeypatch):
@@ -102,9 +125,25 @@ def test_one_call_of_the_tower_encodes_those_who_ask_alike(retriever, tmp_path, 
         return embed(self, side, features, **options)
 
     monkeypatch.setattr(type(retriever.bundle.towers), "embed", count)
-    app = make_app(retriever, tmp_path, limits=BATCH)
-    assert {each.status_code for each in ask_at_once(app, requests)} == {200}
-    assert sizes == [6]
+    app = make_app(retriever, tmp_path)
+    replies, _ = ask_at_once(encode_together(app), requests)
+    assert {reply.status for reply in replies} == {200} and sizes == [6]
+    # Where its programs are compiled for one user alone, it is called for each.
+    app.answers.max_together = 1
+    ask_at_once(app, requests)
+    assert sizes == [6, *[1] * 6]
+
+
+def test_lists_that_are_made_together_come_first_and_costly_ones_one_by_one(retriever, tmp_path):
+    users = retriever.bundle.users["user_id"].to_pylist()
+    costly = [{"user_id": user, "diversity": 0.5, "max_per": {"brand": 1}} for user in users[:2]]
+    cheap = [{"user_id": user} for user in users[:3]]
+    wrong = {"user_id": users[0], "k": -1}
+    app = make_app(retriever, tmp_path)
+    replies, sizes = ask_at_once(app, [costly[0], *cheap, wrong, costly[1]])
+    assert [reply.status for reply in replies] == [200] * 4 + [400, 200]
+    # What is refused by its form, by its version or by its user, then those alike, then the others.
+    assert sizes == [1, 0, 0, 3, 1, 1]
 
 
 def test_where_a_batch_fails_each_is_answered_alone(retriever, tmp_path, monkeypatch):
@@ -116,9 +155,10 @@ def test_where_a_batch_fails_each_is_answered_alone(retriever, tmp_path, monkeyp
     alone = [ask(apart, "POST", "/v1/retrieve", body) for body in requests]
     assert [each.status_code for each in alone] == [200] * 3 + [400] * 3
     for number in range(2):
-        app = make_app(retriever, tmp_path / str(number), limits=BATCH)
-        for response, expected in zip(ask_at_once(app, requests), alone):
-            assert_alike(response, expected)
+        app = make_app(retriever, tmp_path / str(number))
+        replies, _ = ask_at_once(app, requests)
+        for reply, expected in zip(replies, alone):
+            assert_alike(reply, expected)
 
         def fail(*_, **__):
             raise RuntimeError("a device is lost")
@@ -126,43 +166,28 @@ def test_where_a_batch_fails_each_is_answered_alone(retriever, tmp_path, monkeyp
         monkeypatch.setattr(retriever, "recommend_each", fail)
 
 
-def test_what_was_collected_is_answered_when_the_server_stops(retriever, tmp_path):
-    app = make_app(retriever, tmp_path, limits=Limits(batch_us=20_000))
-    users = retriever.bundle.users["user_id"].to_pylist()[:4]
+def test_a_list_that_cannot_be_counted_is_a_failure_of_its_own(retriever, tmp_path, monkeypatch):
+    users = retriever.bundle.users["user_id"].to_pylist()[:3]
+    app = make_app(retriever, tmp_path)
+    tell = app._tell_list
 
-    async def stop_amid():
-        calls = [send(app, "POST", "/v1/retrieve", {"user_id": user}) for user in users]
-        tasks = [asyncio.create_task(call) for call in calls]
-        while len(app._together._waiting) < len(users):
-            await asyncio.sleep(0)
-        app.drain()
-        return await asyncio.gather(*tasks)
+    def fail(answers, request, made):
+        if request.user_id == users[1]:
+            raise OSError("no space is left")
+        tell(answers, request, made)
 
-    for response in asyncio.run(stop_amid()):
-        assert response.status_code == 200 and response.headers["connection"] == "close"
+    monkeypatch.setattr(app, "_tell_list", fail)
+    replies, _ = ask_at_once(app, [{"user_id": user} for user in users])
+    assert [reply.status for reply in replies] == [200, 503, 200]
 
 
-def test_batches_are_bounded_and_each_answer_is_its_own():
-    sizes = []
-
-    def double(numbers):
-        return [2 * n if n % 10 else ValueError(str(n)) for n in numbers]
-
-    async def ask_all(answer_all, count):
-        together = Together(answer_all, 0.0, sizes.append)
-        calls = [together.answer(number) for number in range(count)]
-        return await asyncio.gather(*calls, return_exceptions=True)
-
-    found = asyncio.run(ask_all(double, MAX_TOGETHER + 6))
-    assert sizes == [MAX_TOGETHER, 6]
-    for number, answer in enumerate(found):
-        assert str(answer) == (str(2 * number) if number % 10 else str(number))
-        assert isinstance(answer, ValueError) == (number % 10 == 0)
-
-    def fail(numbers):
-        raise KeyError("all")
-
-    assert all(isinstance(each, KeyError) for each in asyncio.run(ask_all(fail, 3)))
+def test_each_is_answered_by_its_version(retriever, tmp_path):
+    users = retriever.bundle.users["user_id"].to_pylist()[:3]
+    app = make_app(retriever, tmp_path)
+    requests = [{"user_id": user} for user in users]
+    requests[1]["model_version"] = "none"
+    replies, _ = ask_at_once(app, requests)
+    assert [reply.status for reply in replies] == [200, 404, 200]
 
 
 @pytest.mark.parametrize("other", ["rerank", "shard_urls", "shard"])

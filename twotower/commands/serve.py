@@ -106,9 +106,9 @@ _QUEUE = flags.DEFINE_integer(
 _BATCH_US = flags.DEFINE_integer(
     "batch_us",
     None,
-    "Microseconds in which requests to /v1/retrieve are collected and answered by one call of the "
-    "tower and, where all items are compared, one search: for accelerators, or many histories at "
-    "once. A request that is alone waits so long. None by default.",
+    "Microseconds in which requests to /v1/retrieve are collected after the first one, so that "
+    "more of them are answered together: for accelerators. A request that is alone waits so long. "
+    "By default only those are answered together that wait at the same moment.",
     lower_bound=1,
     flag_values=FLAGS,
 )

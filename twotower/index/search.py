@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -31,7 +31,8 @@ BRUTE_FORCE_FACTOR = 4
 MAX_BLOCK_SCORES = 2**24  # scores held at once: 64 MiB of float32
 ROW_BLOCK = 65_536  # rows compared at once
 MAX_COMPARED_EXCLUSIONS = 256  # exclusions of a single query that are compared one by one
-MAX_LOOPED = 256  # length of a single list that a loop of Python fills
+MAX_LOOPED = 256  # length of a list that a loop of Python fills
+MAX_LOOPED_LISTS = 64  # such lists of one call
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,7 @@ def search_filtered(
     *,
     allowed: AllowedRows | None = None,
     extra_coordinate: np.ndarray | None = None,
+    each_as_alone: bool = False,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the best `k` items that are allowed and not excluded, as `ExactIndex.search` does.
 
@@ -83,6 +85,8 @@ def search_filtered(
         allowed: Rows that may come back; all by default.
         extra_coordinate: float [N], one more coordinate that the index has behind those of
             `vectors`.
+        each_as_alone: Whether each list is that which its query gets alone, with the effort that is
+            due to its own exclusions; by default all queries get that of the most.
 
     Returns:
         (scores float32 [Q, L], rows int32 [Q, L]), where L is `k`, or the number of items if that
@@ -98,6 +102,10 @@ def search_filtered(
     is_exact = takes_exclusions(index)
     if is_exact and allowed is None:
         return index.search(queries, max(1, k), exclude=exclude)
+    if each_as_alone and len(queries) > 1:
+        return _search_alike(
+            index, vectors, queries, k, exclude, allowed=allowed, extra_coordinate=extra_coordinate
+        )
     num_allowed = index.num_items
     if allowed is not None:
         num_allowed = allowed.count
@@ -114,12 +122,11 @@ def search_filtered(
             vectors, among, queries, k, exclude, extra_coordinate=extra_coordinate
         )
     scores, rows = index.search(queries, max(1, min(index.num_items, fetched)))
-    # The request of a server: one user with a usual history.
-    is_usual = allowed is None and 0 < max_excluded <= MAX_OVERFETCH and k <= MAX_LOOPED
-    if is_usual and len(rows) == 1:
-        kept = _first_kept(rows[0], exclude.values, k)
-        if kept is not None:
-            return scores[:, kept], rows[:, kept]
+    # The requests of a server: users with usual histories.
+    is_usual = allowed is None and 0 < max_excluded <= MAX_OVERFETCH
+    found = _first_lists(scores, rows, exclude, k) if is_usual else None
+    if found is not None:
+        return found
     keep = _may_come_back(rows, exclude if max_excluded else None, allowed)
     if keep.shape[1] >= k and keep[:, :k].all():  # nearly always: no list has to be packed
         return scores[:, :k], rows[:, :k]
@@ -138,6 +145,23 @@ def search_filtered(
             k,
             exclude.take(short),
             extra_coordinate=extra_coordinate,
+        )
+    return scores, rows
+
+
+def _search_alike(
+    index: Index, vectors: Vectors, queries: np.ndarray, k: int, exclude: Ragged, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `search_filtered` does, of queries with equally many exclusions at once."""
+    lengths = exclude.lengths
+    if (lengths == lengths[0]).all():
+        return search_filtered(index, vectors, queries, k, exclude, **options)
+    scores = np.empty((len(queries), k), np.float32)
+    rows = np.empty((len(queries), k), np.int32)
+    for length in np.unique(lengths).tolist():
+        chosen = np.flatnonzero(lengths == length)
+        scores[chosen], rows[chosen] = search_filtered(
+            index, vectors, queries[chosen], k, exclude.take(chosen), **options
         )
     return scores, rows
 
@@ -245,6 +269,34 @@ def brute_force_search(
             positions = np.where(positions < 0, -1, among[positions])
         rows[start:stop, :length] = positions
     return scores, rows
+
+
+def _first_lists(
+    scores: np.ndarray, rows: np.ndarray, exclude: Ragged, k: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Returns the first `k` of each list that are not excluded; None where that is left to NumPy.
+
+    Args:
+        scores: Scores of the lists, float32 [Q, M].
+        rows: Rows, int32 [Q, M]; -1 where none was found.
+        exclude: Rows that must not come back, one list a query.
+        k: Length of the lists.
+    """
+    # Long lists, and many of them, cost less by NumPy, where a list has less than it needs too.
+    if k > MAX_LOOPED or len(rows) > MAX_LOOPED_LISTS:
+        return None
+    if len(rows) == 1:
+        kept = _first_kept(rows[0], exclude.values, k)
+        return None if kept is None else (scores[:, kept], rows[:, kept])
+    chosen_scores = []
+    chosen_rows = []
+    for query, found in enumerate(rows):
+        kept = _first_kept(found, exclude[query], k)
+        if kept is None:
+            return None
+        chosen_scores.append(scores[query, kept])
+        chosen_rows.append(found[kept])
+    return np.array(chosen_scores), np.array(chosen_rows)
 
 
 def _first_kept(rows: np.ndarray, excluded: np.ndarray, k: int) -> list[int] | slice | None:

@@ -66,6 +66,7 @@ __all__ = [
 USERS_AT_ONCE = BATCH
 MAX_WEIGHT = 1e30  # of popularity, in either direction
 MAX_WARMED = 1_024  # excluded items up to which search is compiled beforehand
+MIN_SEARCHED = 8  # users whom an approximate index is searched for at once
 MAX_LISTED = 2**24  # entries of the lists that are in memory together
 
 
@@ -330,7 +331,7 @@ class Retriever:
 
         Those whom the tower encodes are one batch of it. Where all items are compared, the search
         is one too; scores are then those of a product of matrices, which differ in the last bits.
-        An approximate index is searched for each alone, with the effort that is due to its list.
+        An approximate index is searched with the effort that is due to each list.
 
         Args:
             asked: For each user the arguments `user`, `rows`, `events` and `encoded` of
@@ -343,36 +344,30 @@ class Retriever:
         shown = self._columns(columns)
         _check_options(exclude_seen, popularity_weight)
         users = self._encode_each(asked)
-        index = self._live.catalogue.snapshot.base.index
-        if not users or not takes_exclusions(index):
-            alike = {
-                "k": k,
-                "exclude_seen": exclude_seen,
-                "where": where,
-                "allow": filters.allow,
-                "deny": filters.deny,
-                "popularity_weight": popularity_weight,
-                "rerank": rerank,
-                "columns": shown,
-            }
-            return [self.recommend(encoded=user, **alike) for user in users]
-        histories = [user.history if exclude_seen else [] for user in users]
-        snapshot, scores, positions = self._recommend(
-            np.concatenate([user.vectors for user in users]),
-            np.concatenate([user.rows for user in users]),
-            k,
-            filters,
-            exclude_seen,
-            popularity_weight,
-            rerank,
-            histories,
-        )
         lists = []
-        for number, user in enumerate(users):
-            note = self._note_of_unknown(user.history)
-            found = scores[number], positions[number]
-            known = bool(user.rows[0] >= 0)
-            lists.append(_as_list(snapshot, *found, filters, shown, known=known, note=note))
+        # What a search of several does once for all takes as long as some searches of an
+        # approximate index.
+        is_exact = takes_exclusions(self._live.catalogue.snapshot.base.index)
+        size = max(1, len(users)) if is_exact or len(users) >= MIN_SEARCHED else 1
+        for first in range(0, len(users), size):
+            chosen = users[first : first + size]
+            snapshot, scores, positions = self._recommend(
+                np.concatenate([user.vectors for user in chosen]),
+                np.concatenate([user.rows for user in chosen]),
+                k,
+                filters,
+                exclude_seen,
+                popularity_weight,
+                rerank,
+                histories=[user.history if exclude_seen else [] for user in chosen],
+                each_as_alone=True,
+            )
+            for place, user in enumerate(chosen):
+                note = self._note_of_unknown(user.history)
+                found = scores[place], positions[place]
+                known = bool(user.rows[0] >= 0)
+                made = _as_list(snapshot, *found, filters, shown, known=known, note=note)
+                lists.append(made)
         return lists
 
     def recommend_many(
@@ -1272,7 +1267,9 @@ class Retriever:
         exclude_seen: bool,
         popularity_weight: float,
         rerank: RerankLike,
+        *,
         histories: Sequence[Sequence[str]] = (),
+        each_as_alone: bool = False,
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         """Returns what `_search` returns, re-ranked."""
         if rerank is None:
@@ -1285,7 +1282,14 @@ class Retriever:
             # More than are shown, or there would be nothing to choose between.
             fetched = k * reranking.config.multiple
         snapshot, scores, positions = self._search(
-            vectors, user_rows, fetched, filters, exclude_seen, popularity_weight, histories
+            vectors,
+            user_rows,
+            fetched,
+            filters,
+            exclude_seen,
+            popularity_weight,
+            histories=histories,
+            each_as_alone=each_as_alone,
         )
         if reranking is None:
             return snapshot, scores, positions
@@ -1300,7 +1304,9 @@ class Retriever:
         filters: _Filters,
         exclude_seen: bool,
         popularity_weight: float,
+        *,
         histories: Sequence[Sequence[str]] = (),
+        each_as_alone: bool = False,
     ) -> tuple[Snapshot, np.ndarray, np.ndarray]:
         """Returns the snapshot that was searched, the scores [B, k] and the positions [B, k].
 
@@ -1312,6 +1318,7 @@ class Retriever:
             exclude_seen: Whether to leave out the items of each user.
             popularity_weight: See `recommend`.
             histories: Further items to leave out for each user; none for no one.
+            each_as_alone: See `search_filtered`.
         """
         # Read once: a compaction may replace it, and the numbers of items with it.
         live = self._live
@@ -1342,6 +1349,7 @@ class Retriever:
             where=filters.where,
             only=only,
             popularity_weight=popularity_weight,
+            each_as_alone=each_as_alone,
         )
         return snapshot, scores, positions
 

@@ -12,7 +12,7 @@ import functools
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -91,7 +91,7 @@ class Answers:
         served: Figures on the lists; None before the version is warm.
         fallback: List of somebody of whom nothing is known.
         hook: Re-ranker of the model's lists; None where they are as the bundle has them.
-        max_together: Greatest number of requests that are answered together.
+        max_together: Greatest number of users whom one call of the tower encodes.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Answers:
             fallback: List of somebody of whom nothing is known.
             hook: Re-ranker of the model's lists, but of those whose request asks for diversity.
             find_vector: Function that finds vectors of users who are not in the bundle.
-            max_together: Greatest number of requests that are answered together.
+            max_together: Greatest number of users whom one call of the tower encodes.
 
         Raises:
             ConfigError: The fallback are the latest items, and their times are not known.
@@ -168,65 +168,73 @@ class Answers:
 
     def retrieve(self, request: types.Retrieve) -> Answer:
         """Returns the items that suit a user."""
-        made = self._like(request) if request.like is not None else self._of_user(request)
-        # What needs more than the order of the scores is filled position by position, from a pool
-        # of candidates; a plain list is one search, and costs a fraction of that.
-        if self._is_shaped(request, made):
-            return self._shape(request, made)
-        found = made.make(**made.whom, **made.options)
-        return self._answer_of(request, made, found)
+        return self._make(request, self._way_of(request))
 
-    def retrieve_together(self, requests: Sequence[types.Retrieve]) -> list[Answer | Exception]:
-        """Returns what `retrieve` returns or raises for each request.
+    def retrieve_each(
+        self, requests: Mapping[int, types.Retrieve]
+    ) -> Iterator[Mapping[int, Answer | Exception]]:
+        """Yields what `retrieve` returns or raises for each request, by its number.
 
         The plain lists of the model that are asked for alike are made by one call of
-        `Retriever.recommend_each`; all others one by one.
+        `Retriever.recommend_each`, and come first; all others one by one.
         """
-        made: dict[int, Answer] = {}
-        for group in self._alike(requests):
+        ways: dict[int, _List] = {}
+        refused: dict[int, Answer | Exception] = {}
+        for number, request in requests.items():
+            try:
+                ways[number] = self._way_of(request)
+            except Exception as error:
+                refused[number] = error
+        yield refused
+        for group in self._alike(requests, ways):
+            found: list[Recommendations] = []
             # One that fails is told when it is asked for alone, and so are those beside it.
             with contextlib.suppress(Exception):
-                made |= self._make_each(requests, group)
-        answers = []
-        for number, request in enumerate(requests):
-            answers.append(made.get(number) or self._try(request))
-        return answers
+                found = self._make_each([ways[number] for number in group])
+            yield {
+                number: _tried(self._answer_of, requests[number], ways.pop(number), items)
+                for number, items in zip(group, found)
+            }
+        for number, way in ways.items():
+            yield {number: _tried(self._make, requests[number], way)}
 
-    def _alike(self, requests: Sequence[types.Retrieve]) -> list[dict[int, _List]]:
+    def _way_of(self, request: types.Retrieve) -> _List:
+        """Returns how a list is made."""
+        return self._like(request) if request.like is not None else self._of_user(request)
+
+    def _make(self, request: types.Retrieve, way: _List) -> Answer:
+        """Returns the list that is made in a way."""
+        # What needs more than the order of the scores is filled position by position, from a pool
+        # of candidates; a plain list is one search, and costs a fraction of that.
+        if self._is_shaped(request, way):
+            return self._shape(request, way)
+        return self._answer_of(request, way, way.make(**way.whom, **way.options))
+
+    def _alike(
+        self, requests: Mapping[int, types.Retrieve], ways: Mapping[int, _List]
+    ) -> list[list[int]]:
         """Returns groups of plain lists of the model that are asked for alike, by their number."""
-        groups: dict[bytes, dict[int, _List]] = {}
-        for number, request in enumerate(requests):
-            with contextlib.suppress(Exception):
-                made = self._of_user(request) if request.like is None else None
-                if made is None or made.source != "model" or self._is_shaped(request, made):
-                    continue
-                # Who asks may be encoded already; all else must be the same.
-                options = {**made.options, "encoded": None}
-                groups.setdefault(msgspec.json.encode(options), {})[number] = made
+        groups: dict[bytes, list[int]] = {}
+        for number, way in ways.items():
+            if way.source != "model" or self._is_shaped(requests[number], way):
+                continue
+            options = dict(way.options)
+            encoded = options.pop("encoded", None)
+            # Somebody whom the tower encodes: its programs of several rows are compiled where
+            # requests are gathered for them.
+            if self.max_together == 1 and encoded is None and len(way.whom) > 1:
+                continue
+            # Who asks may be encoded already; all else must be the same.
+            groups.setdefault(msgspec.json.encode(options), []).append(number)
         # A single one gains nothing.
         return [group for group in groups.values() if len(group) > 1]
 
-    def _make_each(
-        self, requests: Sequence[types.Retrieve], group: Mapping[int, _List]
-    ) -> dict[int, Answer]:
-        """Returns the answers of requests that ask alike, by their number."""
-        asked = []
-        options: dict[str, Any] = {}
-        for made in group.values():
-            options = dict(made.options)
-            asked.append({**made.whom, "encoded": options.pop("encoded", None)})
-        lists = self.retriever.recommend_each(asked, **options)
-        return {
-            number: self._answer_of(requests[number], made, found)
-            for (number, made), found in zip(group.items(), lists)
-        }
-
-    def _try(self, request: types.Retrieve) -> Answer | Exception:
-        """Returns what `retrieve` returns or raises."""
-        try:
-            return self.retrieve(request)
-        except Exception as error:
-            return error
+    def _make_each(self, ways: Sequence[_List]) -> list[Recommendations]:
+        """Returns the lists of ways that differ in whom they are for."""
+        options = dict(ways[0].options)
+        options.pop("encoded", None)
+        asked = [{**way.whom, "encoded": way.options.get("encoded")} for way in ways]
+        return self.retriever.recommend_each(asked, **options)
 
     def _answer_of(self, request: types.Retrieve, made: _List, found: Recommendations) -> Answer:
         """Returns the answer of a plain list, with its reasons."""
@@ -842,6 +850,14 @@ class Answers:
 
     def _new_id(self) -> str:
         return f"{self._prefix}{next(self._counter):x}"
+
+
+def _tried(make: Callable[..., Answer], *values: Any) -> Answer | Exception:
+    """Returns what a function returns or raises."""
+    try:
+        return make(*values)
+    except Exception as error:
+        return error
 
 
 def _mmr(diversity: float) -> dict[str, Any]:

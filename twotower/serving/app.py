@@ -16,6 +16,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
+    Iterator,
     Mapping,
     MutableMapping,
     Sequence,
@@ -38,12 +39,11 @@ from twotower.serving import openapi, types
 from twotower.serving.access import Access, Right
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import Answers
-from twotower.serving.direct import DirectEndpoint, Headers, Reply
+from twotower.serving.direct import DirectEndpoint, Headers, Reply, WholeRequest
 from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, check_size, read_body
-from twotower.serving.lists.together import Together
 from twotower.serving.metrics import Metrics
 from twotower.serving.monitoring.log import Count, RequestLog
 from twotower.serving.monitoring.served import WAITING
@@ -63,6 +63,8 @@ Receive = Callable[[], Awaitable[Any]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 # (request, id in the path) -> the answer, or a promise of it
 Handle = Callable[[Any, str], Any]
+# request by number -> answers by number, or what is raised, as many at once as are made together
+HandleEach = Callable[[Mapping[int, Any]], Iterator[Mapping[int, Any]]]
 # (version, request) -> its list
 MakeAnswer = Callable[[Answers, Any], types.Answer]
 
@@ -107,6 +109,7 @@ class Endpoint:
         summary: str,
         handle: Handle,
         *,
+        handle_each: HandleEach | None = None,
         right: Right = Right.READ,
         request: type[Any] | None = None,
         answer: type[Any] | None = None,
@@ -123,6 +126,8 @@ class Endpoint:
             route: Method and path, such as "POST /v1/retrieve".
             summary: Sentence on what it does.
             handle: Function that answers.
+            handle_each: Function that answers those that wait at the same moment; None to answer
+                one after another.
             right: Right that its users need.
             request: Type of the body; None without one.
             answer: Type of the answer; None of text.
@@ -140,6 +145,7 @@ class Endpoint:
         self.answer = answer
         self._app = app
         self._handle = handle
+        self._handle_each = handle_each
         self._respond = handle
         if changes and app.member is not None:
             self._respond = functools.partial(app.member.change, self)
@@ -186,24 +192,65 @@ class Endpoint:
         # Refusals too: a rise of them is what alarms are set to.
         app.count_request(self.name, reply.status, reply.version, time.perf_counter() - start)
 
-    def reply(self, headers: Headers, body: bytes, arrived: float) -> Reply:
-        """Returns the reply to a whole request, of an endpoint that does not wait.
+    def replies(self, requests: Sequence[WholeRequest]) -> Iterator[Mapping[int, Reply]]:
+        """Yields the replies to several requests, of an endpoint that does not wait.
 
         Args:
-            headers: Headers of the request, their names in small letters.
-            body: Body of the request.
-            arrived: Time at which the request was there, of `time.perf_counter`; the time that it
-                waited for its turn is counted too.
+            requests: Requests; the time that each waited for its turn is counted too.
+
+        Yields:
+            Reply by the number of its request, as many at once as are made together.
         """
+        if self._handle_each is not None and len(requests) > 1:
+            yield from self._reply_to_each(requests, self._handle_each)
+            return
+        for number, request in enumerate(requests):
+            try:
+                result = self._respond(self._read_whole(request), "")
+            # The server goes on, whatever one request does.
+            except Exception as error:
+                result = error
+            yield {number: self._reply_to(request, result)}
+
+    def _reply_to_each(
+        self, requests: Sequence[WholeRequest], handle_each: HandleEach
+    ) -> Iterator[Mapping[int, Reply]]:
+        """Yields what `replies` yields, where requests are handled together."""
+        read: dict[int, Any] = {}
+        refused: dict[int, Reply] = {}
+        for number, request in enumerate(requests):
+            try:
+                read[number] = self._read_whole(request)
+            except Exception as error:
+                refused[number] = self._reply_to(request, error)
+        yield refused
+        for results in handle_each(read):
+            yield {
+                number: self._reply_to(requests[number], result)
+                for number, result in results.items()
+            }
+
+    def _read_whole(self, request: WholeRequest) -> Any:
+        """Returns a request as the type of its body.
+
+        Raises:
+            RequestError, msgspec.ValidationError: It is refused.
+        """
+        self._check(request.headers)
+        check_size(request.body, self._app.limits)
+        return self._read(request.body)
+
+    def _reply_to(self, request: WholeRequest, result: Any) -> Reply:
+        """Returns the reply that tells a result, or what a request is refused by, and counts it."""
         app = self._app
         try:
-            self._check(headers)
-            check_size(body, app.limits)
-            reply = self._reply(self._respond(self._read(body), ""))
-        # The server goes on, whatever one request does.
+            if isinstance(result, Exception):
+                raise result
+            reply = self._reply(result)
         except Exception as error:
-            reply = self._refuse(error, body)
-        app.count_request(self.name, reply.status, reply.version, time.perf_counter() - arrived)
+            reply = self._refuse(error, request.body)
+        seconds = time.perf_counter() - request.arrived
+        app.count_request(self.name, reply.status, reply.version, seconds)
         return reply
 
     def _check(self, headers: Headers) -> None:
@@ -521,12 +568,7 @@ class App(Service):
         if router is not None or hook is not None:
             workers = min(self.limits.waiting, MAX_THREADS)
             self._threads = ThreadPoolExecutor(workers, thread_name_prefix="answer")
-        # Without threads: what arrives while a batch is answered is read when it is done.
-        self._together = None
-        if self.limits.batch_us is not None:
-            self._together = Together(
-                self._retrieve_together, self.limits.batch_us / 1e6, self.metrics.batches.observe
-            )
+        self._tell_list = self._tell_lists(Answers.retrieve)
         self._shadows: set[asyncio.Task[None]] = set()
         aside = member.folder if member is not None else None
         self.writer = Writer(versions, events, self.limits.writes, aside)
@@ -687,10 +729,9 @@ class App(Service):
             # The hook is for the model's lists; all others wait for shards alone.
             waits = self.router is not None or name == "retrieve"
             answer = self._count_lists(function, waits and self._threads is not None)
-            single = answer
-            if name == "retrieve" and self._together is not None:
-                single = self._count_together(self._together)
-            made.append(self._make_single(name, summary, request, types.Answer, single))
+            # Lists of users, where nothing is waited for.
+            each = self._retrieve_each if waits and self._threads is None else None
+            made.append(self._make_single(name, summary, request, types.Answer, answer, each))
             made.append(self._make_batch(name, batch, types.AnswerBatch, answer))
         return made
 
@@ -731,6 +772,7 @@ class App(Service):
         request: type[Any],
         answer: type[Any],
         function: Callable[[Any], Any],
+        each: HandleEach | None = None,
     ) -> Endpoint:
         """Returns the endpoint of one request at a time."""
         return Endpoint(
@@ -739,6 +781,7 @@ class App(Service):
             f"POST /v1/{name}",
             summary,
             lambda asked, _: function(asked),
+            handle_each=each,
             request=request,
             answer=answer,
             waits=inspect.iscoroutinefunction(function),
@@ -977,30 +1020,36 @@ class App(Service):
         session = getattr(request, "session_id", None)
         return self.versions.choose(user, session, request.model_version)
 
-    def _count_together(self, together: Together[Any, Any]) -> Callable[[Any], Any]:
-        """Returns a function that makes lists in batches, and counts each of them."""
-        tell = self._tell_lists(Answers.retrieve)
+    def _retrieve_each(
+        self, requests: Mapping[int, types.Retrieve]
+    ) -> Iterator[Mapping[int, types.Answer | Exception]]:
+        """Yields the answers to requests, or what they are refused by, by their number."""
+        by_version: dict[Answers, dict[int, types.Retrieve]] = {}
+        refused: dict[int, types.Answer | Exception] = {}
+        for number, request in requests.items():
+            try:
+                by_version.setdefault(self._choose(request), {})[number] = request
+            except Exception as error:
+                refused[number] = error
+        yield refused
+        self.metrics.batches.observe(len(requests))
+        for answers, asked in by_version.items():
+            for made in answers.retrieve_each(asked):
+                yield {
+                    number: self._count(answers, asked[number], answer)
+                    for number, answer in made.items()
+                }
 
-        async def answer(request: types.Retrieve) -> types.Answer:
-            answers = self._choose(request)
-            made = await together.answer((answers, request))
-            tell(answers, request, made)
-            return made
-
-        return answer
-
-    def _retrieve_together(
-        self, asked: Sequence[tuple[Answers, types.Retrieve]]
-    ) -> list[types.Answer | Exception]:
-        """Returns the answers to requests, each by its version."""
-        by_version: dict[Answers, list[int]] = {}
-        for number, (answers, _) in enumerate(asked):
-            by_version.setdefault(answers, []).append(number)
-        found: dict[int, types.Answer | Exception] = {}
-        for answers, numbers in by_version.items():
-            requests = [asked[number][1] for number in numbers]
-            found |= zip(numbers, answers.retrieve_together(requests))
-        return [found[number] for number in range(len(asked))]
+    def _count(
+        self, answers: Answers, request: types.Retrieve, made: types.Answer | Exception
+    ) -> types.Answer | Exception:
+        """Returns an answer that was counted, or what it is refused by."""
+        if isinstance(made, types.Answer):
+            try:
+                self._tell_list(answers, request, made)
+            except Exception as error:
+                return error
+        return made
 
     def _tell_lists(self, function: MakeAnswer) -> Callable[[Answers, Any, types.Answer], None]:
         """Returns a function that counts lists, and keeps what was shown.

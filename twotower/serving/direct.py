@@ -2,7 +2,7 @@
 
 A request is usual if it goes to an endpoint that waits for nothing, arrives in one piece, and
 leaves the connection open. It is answered by a callback of the event loop, in its turn among all
-that arrived. Everything else goes uvicorn's way.
+that arrived, and together with those that wait beside it. Everything else goes uvicorn's way.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 Headers = list[tuple[bytes, bytes]]
+TURN_SECONDS = 0.01  # time after which the loop looks at what else has arrived
 
 
 class Reply(NamedTuple):
@@ -34,16 +35,31 @@ class Reply(NamedTuple):
     version: str = ""
 
 
+class WholeRequest(NamedTuple):
+    """A request that has arrived.
+
+    Attributes:
+        headers: Headers, their names in small letters.
+        body: Body.
+        arrived: Time at which it was there, of `time.perf_counter`.
+    """
+
+    headers: Headers
+    body: bytes
+    arrived: float
+
+
 class DirectEndpoint(Protocol):
     """An endpoint that waits for nothing."""
 
-    def reply(self, headers: Headers, body: bytes, arrived: float) -> Reply:
-        """Returns the answer to a whole request, or its refusal.
+    def replies(self, requests: Sequence[WholeRequest]) -> Iterator[Mapping[int, Reply]]:
+        """Yields the replies to requests, or their refusals, as many at once as are made together.
 
         Args:
-            headers: Headers of the request, their names in small letters.
-            body: Body of the request.
-            arrived: Time at which the request was there, of `time.perf_counter`.
+            requests: Requests that wait at the same moment.
+
+        Yields:
+            Reply by the number of its request.
         """
         ...
 
@@ -67,19 +83,22 @@ class DirectProtocol(HttpToolsProtocol):
 
     Attributes:
         direct: Endpoint by the path of its POST requests.
+        queue: Connections whose requests wait for their turn.
         idle_seconds: Time after which a connection without a request is closed.
         wait_seconds: Time after which a request that waits for its turn is refused.
     """
 
     direct: Mapping[bytes, DirectEndpoint]
+    queue: Queue
     idle_seconds: float
     wait_seconds: float = math.inf
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        # The request whose body arrives, and the one that waits for its turn.
+        # The request whose body arrives, the one that waits for its turn, and the one that has it.
         self._arriving: _Request | None = None
         self._waiting: _Request | None = None
+        self._answered: _Request | None = None
         self._arrived = 0.0
         self._idle_since = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -161,7 +180,7 @@ class DirectProtocol(HttpToolsProtocol):
         self._arrived = time.perf_counter()
         # Not at once: what has arrived on other connections is counted first, so that too many
         # requests are refused and not queued.
-        self.loop.call_soon(self._answer_waiting)
+        self.queue.add(self, self.loop)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -177,48 +196,64 @@ class DirectProtocol(HttpToolsProtocol):
         for part in request.parts:
             super().on_body(part)
 
-    def _answer_waiting(self) -> None:
-        request = self._waiting
+    @property
+    def waits_for(self) -> DirectEndpoint | None:
+        """The endpoint that a request waits for; None where none does."""
         # It may have been answered as the server stopped, or its client has gone.
+        return None if self._waiting is None else self._waiting.endpoint
+
+    def take(self) -> WholeRequest | None:
+        """Returns the request that waits; None if it is over.
+
+        `send`, `put_back` or `fail` must follow.
+        """
+        request = self._waiting
         if request is None:
-            return
+            return None
         self._waiting = None
-        try:
-            if self.transport.is_closing():
-                return
-            # Whoever waits behind it would wait even longer, until nobody was answered in time.
-            if time.perf_counter() - self._arrived > self.wait_seconds and self.is_crowded:
-                self.refuse_late()
-                if self.closing:
-                    self.transport.close()
-                else:
-                    self._rest()
-                return
-            body = b"".join(request.parts)
-            reply = request.endpoint.reply(request.headers, body, self._arrived)
-            closing = self.closing
-            head = _HEADS.find(self.server_state.default_headers, reply, closing)
-            length = b"content-length: %d\r\n\r\n" % len(reply.body)
-            # One write, of which the system makes one packet where it fits.
-            self.transport.write(b"".join((head, length, reply.body)))
-            self.server_state.total_requests += 1
-            if closing:
-                self.transport.close()
-                return
-            self._rest()
-        except BaseException:
-            # Without an answer its client would wait for good. The loop logs the error.
-            self.transport.close()
-            raise
-        finally:
+        if self.transport.is_closing():
             self.on_direct_end()
+            return None
+        # Whoever waits behind it would wait even longer, until nobody was answered in time.
+        if time.perf_counter() - self._arrived > self.wait_seconds and self.is_crowded:
+            self.refuse_late()
+            self._go_on()
+            return None
+        self._answered = request
+        return WholeRequest(request.headers, b"".join(request.parts), self._arrived)
+
+    def put_back(self) -> None:
+        """Lets the request that was taken wait for another turn."""
+        self._waiting = self._answered
+
+    def send(self, reply: Reply) -> None:
+        """Writes the answer to the request that was taken."""
+        head = _HEADS.find(self.server_state.default_headers, reply, self.closing)
+        length = b"content-length: %d\r\n\r\n" % len(reply.body)
+        # One write, of which the system makes one packet where it fits.
+        self.transport.write(b"".join((head, length, reply.body)))
+        self.server_state.total_requests += 1
+        self._go_on()
+
+    def fail(self) -> None:
+        """Ends the connection without an answer to the request that was taken."""
+        self.transport.close()
+        self.on_direct_end()
+
+    def _go_on(self) -> None:
+        """Begins to wait for the next request, unless the connection is to end."""
+        self.on_direct_end()
+        if self.closing:
+            self.transport.close()
+        else:
+            self._rest()
 
     def on_response_complete(self) -> None:
         self._idle_since = self.loop.time()
         super().on_response_complete()
 
     def shutdown(self) -> None:
-        self._answer_waiting()
+        self.queue.answer_now(self)
         super().shutdown()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -248,6 +283,96 @@ class DirectProtocol(HttpToolsProtocol):
             self.transport.close()
             return
         self._idle_timer = self.loop.call_later(max(left, 1.0), self._end_idle)
+
+
+class Queue:
+    """Connections of one event loop whose requests wait, answered some at a time.
+
+    Those that wait at the same moment are answered together: an endpoint may make many answers for
+    less than it makes each alone, and all are made before the first is written, since the caches of
+    a processor hold the one or the other.
+    """
+
+    def __init__(self, at_once: int, seconds: float = 0.0):
+        """Starts with nobody.
+
+        Args:
+            at_once: Greatest number of requests that are answered together.
+            seconds: Time in which requests are collected after the first one, unless there are
+                as many; 0 to wait for nobody.
+        """
+        self._at_once = at_once
+        self._seconds = seconds
+        self._waiting: list[DirectProtocol] = []
+        self._first_at = 0.0
+
+    def add(self, connection: DirectProtocol, loop: asyncio.AbstractEventLoop) -> None:
+        """Lets a connection wait whose request is whole."""
+        if not self._waiting:
+            self._first_at = time.perf_counter()
+            loop.call_soon(self._answer_some, loop)
+        self._waiting.append(connection)
+
+    def answer_now(self, connection: DirectProtocol) -> None:
+        """Answers the request of a connection, if one waits, before all others."""
+        if connection.waits_for is not None:
+            self._answer(connection.waits_for, [connection])
+
+    def _answer_some(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Answers those who wait when there are enough, or the first has waited for long enough."""
+        # Turn by turn, in which others arrive: timers of the loop are a thousand times as coarse.
+        is_full = len(self._waiting) >= self._at_once
+        if not is_full and time.perf_counter() - self._first_at < self._seconds:
+            loop.call_soon(self._answer_some, loop)
+            return
+        by_endpoint: dict[DirectEndpoint, list[DirectProtocol]] = {}
+        for connection in self._waiting[: self._at_once]:
+            endpoint = connection.waits_for
+            if endpoint is not None:
+                by_endpoint.setdefault(endpoint, []).append(connection)
+        del self._waiting[: self._at_once]
+        left = [connection for each in by_endpoint.values() for connection in each]
+        try:
+            end = time.perf_counter() + TURN_SECONDS
+            for endpoint, connections in by_endpoint.items():
+                left = left[len(connections) :]
+                self._answer(endpoint, connections, end)
+        finally:
+            # Of other endpoints, after a defect in one of them, which the loop logs.
+            self._waiting[:0] = left
+            if self._waiting:
+                loop.call_soon(self._answer_some, loop)
+
+    def _answer(
+        self,
+        endpoint: DirectEndpoint,
+        connections: Sequence[DirectProtocol],
+        end: float = math.inf,
+    ) -> None:
+        """Answers requests that wait for one endpoint, as many as there is time for."""
+        taken: list[DirectProtocol] = []
+        requests: list[WholeRequest] = []
+        for connection in connections:
+            request = connection.take()
+            if request is not None:
+                taken.append(connection)
+                requests.append(request)
+        unanswered = dict(enumerate(taken))
+        try:
+            for replies in endpoint.replies(requests):
+                for number, reply in replies.items():
+                    unanswered.pop(number).send(reply)
+                # Some take a thousand times as long as others, which have arrived meanwhile.
+                if time.perf_counter() > end:
+                    break
+        except BaseException:
+            # Their clients would wait for good.
+            for connection in unanswered.values():
+                connection.fail()
+            raise
+        for connection in unanswered.values():
+            connection.put_back()
+        self._waiting[:0] = unanswered.values()
 
 
 class _Heads:

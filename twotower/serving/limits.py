@@ -31,8 +31,8 @@ class Limits:
         writes: Changes and events that wait for the disk; more are refused at once.
         rate: Requests a second of each token, and of all clients without one together; None for
             any number.
-        batch_us: Microseconds in which requests for a user's list are collected, to be answered
-            together; None to answer each at once.
+        batch_us: Microseconds in which requests are collected after the first one, to be answered
+            together; None to collect those alone that wait at the same moment.
         hosts: Names that requests may be sent to, besides those of the address that the server
             listens at; see `twotower.serving.access.Hosts`.
     """

@@ -29,13 +29,12 @@ from twotower.serving.access import Access, Hosts
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import FindVector
 from twotower.serving.app import COMMON, ENCODER, PROBLEM, App, Receive, Scope, Send, Service
-from twotower.serving.direct import DirectProtocol, Headers
+from twotower.serving.direct import DirectProtocol, Headers, Queue
 from twotower.serving.errors import TOO_MANY_CONNECTIONS, TOO_MANY_REQUESTS, RequestError
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits
 from twotower.serving.lists.options import ListOptions
-from twotower.serving.lists.together import MAX_TOGETHER
 from twotower.serving.monitoring.log import use_json
 from twotower.serving.processes.member import Member
 from twotower.serving.processes.signals import signals_to
@@ -66,6 +65,7 @@ _SHED = b"".join(
 _OFFER = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
 # Files whose warnings are on single requests: a stranger could fill the log with them.
 _OF_REQUESTS = ("retriever.py", "httptools_impl.py")
+MAX_TOGETHER = 64  # requests that wait at the same moment and are answered together
 CROWD = 0.1  # share of the requests that may wait, from which on late ones are refused
 BACKLOG = 2_048  # connections that the system holds until they are accepted
 DRAIN_SECONDS = 1.0  # between a signal to stop and the last request that is accepted
@@ -133,8 +133,10 @@ def make_app(
     access = Access.read(tokens)
     first = next(iter(folders.values())).absolute()
     # Before the bundles, which take seconds: a wrong --rerank or --fallback is told at once.
-    prepared = (lists or ListOptions()).prepare(first)
-    most = MAX_TOGETHER if limits.batch_us is not None else 1
+    options = lists or ListOptions()
+    prepared = options.prepare(first)
+    # Lists that wait, for shards or for a hook, are made in threads, each for itself.
+    most = MAX_TOGETHER if router is None and not options.rerank else 1
     make = functools.partial(prepared, find_vector=find_vector, max_together=most)
     state = None
     if member is not None:
@@ -216,6 +218,7 @@ def serve(app: Service, bound: socket.socket) -> None:
 
     Protocol.served = app
     Protocol.direct = app.direct
+    Protocol.queue = Queue(MAX_TOGETHER, (limits.batch_us or 0) / 1e6)
     Protocol.idle_seconds = limits.idle
     Protocol.wait_seconds = limits.wait
     Protocol.hosts = Hosts.at(bound.getsockname()[0], app.limits.hosts)

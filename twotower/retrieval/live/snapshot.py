@@ -74,6 +74,7 @@ class Snapshot:
         only: np.ndarray | None = None,
         popularity_weight: float = 0.0,
         cosine: bool = False,
+        each_as_alone: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns the best `k` items: those of the index, merged with those of the memtable.
 
@@ -85,6 +86,7 @@ class Snapshot:
             only: Numbers of the items that may come back; all by default.
             popularity_weight: Factor of an item's log count in its score.
             cosine: Whether cosines rank in the place of dot products.
+            each_as_alone: See `search_filtered`.
 
         Returns:
             (scores float32 [B, L], positions int64 [B, L]), where L is at most `k` and the number
@@ -137,6 +139,7 @@ class Snapshot:
             _replace_values(exclude, base.rows_of(exclude.values)),
             allowed=self._allowed_rows(where, only),
             extra_coordinate=coordinate,
+            each_as_alone=each_as_alone,
         )
         # As after loading or rebalancing: nothing to merge.
         if not self.num_slots:
