@@ -103,7 +103,7 @@ def search_filtered(
     if is_exact and allowed is None:
         return index.search(queries, max(1, k), exclude=exclude)
     if each_as_alone and len(queries) > 1:
-        return _search_alike(
+        return _search_each(
             index, vectors, queries, k, exclude, allowed=allowed, extra_coordinate=extra_coordinate
         )
     num_allowed = index.num_items
@@ -149,21 +149,24 @@ def search_filtered(
     return scores, rows
 
 
-def _search_alike(
+def _search_each(
     index: Index, vectors: Vectors, queries: np.ndarray, k: int, exclude: Ragged, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what `search_filtered` does, of queries with equally many exclusions at once."""
+    """Returns what `search_filtered` returns for each query alone."""
     lengths = exclude.lengths
+    # The same effort for all of them, which are searched at once.
     if (lengths == lengths[0]).all():
         return search_filtered(index, vectors, queries, k, exclude, **options)
-    scores = np.empty((len(queries), k), np.float32)
-    rows = np.empty((len(queries), k), np.int32)
-    for length in np.unique(lengths).tolist():
-        chosen = np.flatnonzero(lengths == length)
-        scores[chosen], rows[chosen] = search_filtered(
-            index, vectors, queries[chosen], k, exclude.take(chosen), **options
+    found = [
+        search_filtered(
+            index, vectors, queries[query : query + 1], k, Ragged.one(exclude[query]), **options
         )
-    return scores, rows
+        for query in range(len(queries))
+    ]
+    return (
+        np.concatenate([scores for scores, _ in found]),
+        np.concatenate([rows for _, rows in found]),
+    )
 
 
 def _may_come_back(

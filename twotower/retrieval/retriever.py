@@ -360,7 +360,8 @@ class Retriever:
                 popularity_weight,
                 rerank,
                 histories=[user.history if exclude_seen else [] for user in chosen],
-                each_as_alone=True,
+                # Where all items are compared, the effort is the same for all.
+                each_as_alone=not is_exact,
             )
             for place, user in enumerate(chosen):
                 note = self._note_of_unknown(user.history)
