@@ -4,7 +4,7 @@ index finds."""
 import numpy as np
 import pytest
 
-from tests.index.fakes import UnconditionalIndex
+from tests.index.fakes import ShallowIndex, UnconditionalIndex
 from tests.index.oracles import (
     assert_same_lists,
     clustered_vectors,
@@ -79,6 +79,9 @@ def test_one_user_is_answered_as_among_many(most, k):
     """By ways of its own: those first found are all there, a loop, and NumPy for a long list."""
     index = UnconditionalIndex(ITEMS)
     exclude = rising_exclusions(19, 400, most=most)
+    # Some of them by a loop, too.
+    found = search_filtered(index, ITEMS, QUERIES, k, exclude)
+    assert_same_lists(found, stable_sort(QUERIES, ITEMS, k, exclude))
     for user in range(19):
         one = exclude.take(np.array([user]))
         # With the best of all excluded, too.
@@ -98,18 +101,11 @@ def approximate():
     return build_index(items, config, normalized=True, queries=users), items, users
 
 
-class Shallow(UnconditionalIndex):
-    """Looks at more items for longer lists, as approximate ones do."""
-
-    def search(self, queries, k):
-        return ExactIndex(np.asarray(ITEMS[: 3 * k + 40])).search(queries, k)
-
-
 @pytest.mark.parametrize("most", [0, 5, 60])
 @pytest.mark.parametrize("share", [None, 0.6])
 def test_each_of_several_gets_the_list_that_it_gets_alone(most, share):
     """Whatever is left out for the others: more of it means more effort, and another list."""
-    index = Shallow(ITEMS)
+    index = ShallowIndex(ITEMS)
     rng = np.random.default_rng(6)
     # Some with equally many, some with none.
     lengths = rng.integers(0, most + 1, 19)

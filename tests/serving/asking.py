@@ -1,12 +1,15 @@
 """A server in this process, asked without a network."""
 
 import asyncio
+import json
+import time
 
 import httpx
 
 from twotower.serving.access import Access
 from twotower.serving.answers import Answers
 from twotower.serving.app import App
+from twotower.serving.direct import WholeRequest
 from twotower.serving.events import EventLog
 from twotower.serving.limits import Limits
 from twotower.serving.versions.versions import Versions
@@ -41,6 +44,23 @@ async def send(app, method, path, body=None, **options):
 def ask(app, method, path, body=None, **options):
     """The response to one request."""
     return asyncio.run(send(app, method, path, body, **options))
+
+
+def reply_together(app, requests, sizes=None):
+    """The replies to requests for a user's list that wait at the same moment.
+
+    Numbers of those that come at once are appended to `sizes`.
+    """
+    now = time.perf_counter()
+    headers = [(b"content-type", b"application/json")]
+    whole = [WholeRequest(headers, json.dumps(body).encode(), now) for body in requests]
+    replies = {}
+    for made in app.direct[b"/v1/retrieve"].replies(whole):
+        assert not made.keys() & replies.keys()
+        replies |= made
+        if sizes is not None:
+            sizes.append(len(made))
+    return [replies[number] for number in range(len(requests))]
 
 
 def post(app, name, **body):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks.fuzz_api import InProcess
-from tests.serving.asking import ask, make_app, post, refused
+from tests.serving.asking import ask, make_app, post, refused, reply_together
 from twotower.core.errors import QueryError
 from twotower.serving import types
 from twotower.serving.answers import Answers
@@ -38,6 +38,7 @@ class Draw:
     """Requests of any kind: the endpoint, the body, and the call that answers the same."""
 
     kinds = ("known", "history", "row", "features", "like", "similar", "popular", "latest")
+    lengths = (1, 30)  # of a list, the second one excluded
 
     def __init__(self, retriever):
         self.retriever = retriever
@@ -47,7 +48,7 @@ class Draw:
 
     def __call__(self, number):
         name, body, call, filters, offset = getattr(self, self.kinds[number % len(self.kinds)])()
-        k = int(self.rng.integers(1, 30))
+        k = int(self.rng.integers(*self.lengths))
         if "diversity" in body and offset:
             # A page is of the order of one window, the retriever's of one for each length.
             body["window"] = 5 * (k + offset)
@@ -118,6 +119,16 @@ class Draw:
         return self.listed("latest", {}, self.retriever.newest_items)
 
 
+def assert_equal_lists(body, written, call):
+    expected = call()[body["offset"] :]
+    found = json.loads(written)["items"]
+    assert [item["item_id"] for item in found] == [item.item_id for item in expected], body
+    np.testing.assert_allclose(
+        [item["score"] for item in found], [item.score for item in expected], rtol=1e-5
+    )
+    assert [item["display"] for item in found] == [item.display for item in expected]
+
+
 def test_answers_to_random_requests_are_those_of_the_retriever(app, retriever):
     draw = Draw(retriever)
     drawn = [draw(number) for number in range(REQUESTS)]
@@ -126,13 +137,22 @@ def test_answers_to_random_requests_are_those_of_the_retriever(app, retriever):
     for name, body, call in drawn:
         response = server.send("POST", f"/v1/{name}", json.dumps(body).encode())
         assert response.status == 200, (body, response.body)
-        expected = call()[body["offset"] :]
-        found = json.loads(response.body)["items"]
-        assert [item["item_id"] for item in found] == [item.item_id for item in expected], body
-        np.testing.assert_allclose(
-            [item["score"] for item in found], [item.score for item in expected], rtol=1e-5
-        )
-        assert [item["display"] for item in found] == [item.display for item in expected]
+        assert_equal_lists(body, response.body, call)
+
+
+def test_answers_that_are_made_together_are_those_of_the_retriever(retriever, tmp_path):
+    draw = Draw(retriever)
+    # Of fewer kinds and lengths, so that some of those beside one another ask alike.
+    draw.kinds = ("known", "known", "history", "row", "like")
+    draw.lengths = (8, 9)
+    app = make_app(retriever, tmp_path)
+    app.answers.max_together = 64
+    for _ in range(8):
+        drawn = [draw(number) for number in range(50)]
+        replies = reply_together(app, [body for _, body, _ in drawn])
+        for (_, body, call), reply in zip(drawn, replies):
+            assert reply.status == 200, (body, reply.body)
+            assert_equal_lists(body, reply.body, call)
 
 
 def test_a_cold_user_with_three_clicks_is_answered_by_those_alone(app, retriever):

@@ -325,15 +325,23 @@ def test_a_defect_ends_the_connections_that_it_leaves_without_an_answer_and_no_o
     assert closed == [False, True, True, False, False] and told == ["a defect"]
 
 
-def test_requests_that_a_turn_has_no_time_for_come_first_in_the_next(monkeypatch):
+def test_requests_that_a_turn_has_no_time_for_are_answered_in_the_next(monkeypatch):
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
     requests = [post(b"/slow", text) for text in (b"a", b"b", b"c")]
     found, _, _ = ask_together([*requests, post(PATH, b"z"), post(PATH, b"last")])
     assert found == [[b"slow a"], [b"slow b"], [b"slow c"], [b"direct z"], [b"direct last"]]
-    # One a turn, before the one that did not fit into the first.
+    # One a turn.
     assert Connection.direct[b"/slow"].calls == [[b"a", b"b", b"c"], [b"b", b"c"], [b"c"]]
     # Those of another endpoint are not made to wait for the slow ones.
     assert Connection.direct[PATH].calls[0] == [b"z"]
+
+
+def test_requests_that_a_turn_has_no_time_for_stay_before_those_that_came_later(monkeypatch):
+    monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(Connection, "queue", Queue(2))
+    found, _, _ = ask_together([post(b"/slow", text) for text in (b"a", b"b", b"c")])
+    assert found == [[b"slow a"], [b"slow b"], [b"slow c"]]
+    assert Connection.direct[b"/slow"].calls == [[b"a", b"b"], [b"b", b"c"], [b"c"]]
 
 
 def test_one_that_waits_for_another_turn_may_be_refused_and_its_client_may_go(monkeypatch):

@@ -1,24 +1,20 @@
 """Requests that are answered together: each as it is answered alone, whatever stands beside it."""
 
 import json
-import time
 import types
 
 import numpy as np
 import pytest
 
-from tests.index.fakes import UnconditionalIndex
-from tests.serving.asking import ask, make_app
+from tests.index.fakes import ShallowIndex
+from tests.serving.asking import ask, make_app, reply_together
 from twotower.core.errors import ConfigError
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import append_coordinate
 from twotower.retrieval.retriever import Retriever
-from twotower.serving.direct import WholeRequest
-
-HEADERS = [(b"content-type", b"application/json")]
 
 
-@pytest.fixture(scope="module", params=[ExactIndex, UnconditionalIndex])
+@pytest.fixture(scope="module", params=[ExactIndex, ShallowIndex])
 def retriever(served, request):
     """With an index that is searched once for all, and with one that is searched for each alone."""
     loaded = Retriever.load(served)
@@ -48,20 +44,6 @@ def bodies(retriever):
     # Refused: a column that is none, and a feature that nothing reads.
     made += [{"user_id": users[1], "columns": ["prise"]}, {"features": {"town": "x"}}]
     return made
-
-
-def ask_at_once(app, requests):
-    """Returns the replies to requests that wait at the same moment, and how many came at once."""
-    endpoint = app.direct[b"/v1/retrieve"]
-    now = time.perf_counter()
-    whole = [WholeRequest(HEADERS, json.dumps(body).encode(), now) for body in requests]
-    replies = {}
-    sizes = []
-    for made in endpoint.replies(whole):
-        assert not made.keys() & replies.keys()
-        replies |= made
-        sizes.append(len(made))
-    return [replies[number] for number in range(len(requests))], sizes
 
 
 def encode_together(app):
@@ -98,7 +80,7 @@ def test_requests_of_all_kinds_are_answered_as_alone(retriever, tmp_path, encode
         encode_together(together)
     alone = [ask(apart, "POST", "/v1/retrieve", body) for body in requests]
     assert {response.status_code for response in alone} == {200, 400}
-    replies, _ = ask_at_once(together, requests)
+    replies = reply_together(together, requests)
     for reply, expected in zip(replies, alone):
         assert_alike(reply, expected)
     counted = [
@@ -126,11 +108,11 @@ def test_one_call_of_the_tower_encodes_those_who_ask_alike(retriever, tmp_path, 
 
     monkeypatch.setattr(type(retriever.bundle.towers), "embed", count)
     app = make_app(retriever, tmp_path)
-    replies, _ = ask_at_once(encode_together(app), requests)
+    replies = reply_together(encode_together(app), requests)
     assert {reply.status for reply in replies} == {200} and sizes == [6]
     # Where its programs are compiled for one user alone, it is called for each.
     app.answers.max_together = 1
-    ask_at_once(app, requests)
+    reply_together(app, requests)
     assert sizes == [6, *[1] * 6]
 
 
@@ -140,7 +122,8 @@ def test_lists_that_are_made_together_come_first_and_costly_ones_one_by_one(retr
     cheap = [{"user_id": user} for user in users[:3]]
     wrong = {"user_id": users[0], "k": -1}
     app = make_app(retriever, tmp_path)
-    replies, sizes = ask_at_once(app, [costly[0], *cheap, wrong, costly[1]])
+    sizes = []
+    replies = reply_together(app, [costly[0], *cheap, wrong, costly[1]], sizes)
     assert [reply.status for reply in replies] == [200] * 4 + [400, 200]
     # What is refused by its form, by its version or by its user, then those alike, then the others.
     assert sizes == [1, 0, 0, 3, 1, 1]
@@ -156,7 +139,7 @@ def test_where_a_batch_fails_each_is_answered_alone(retriever, tmp_path, monkeyp
     assert [each.status_code for each in alone] == [200] * 3 + [400] * 3
     for number in range(2):
         app = make_app(retriever, tmp_path / str(number))
-        replies, _ = ask_at_once(app, requests)
+        replies = reply_together(app, requests)
         for reply, expected in zip(replies, alone):
             assert_alike(reply, expected)
 
@@ -177,7 +160,7 @@ def test_a_list_that_cannot_be_counted_is_a_failure_of_its_own(retriever, tmp_pa
         tell(answers, request, made)
 
     monkeypatch.setattr(app, "_tell_list", fail)
-    replies, _ = ask_at_once(app, [{"user_id": user} for user in users])
+    replies = reply_together(app, [{"user_id": user} for user in users])
     assert [reply.status for reply in replies] == [200, 503, 200]
 
 
@@ -186,7 +169,7 @@ def test_each_is_answered_by_its_version(retriever, tmp_path):
     app = make_app(retriever, tmp_path)
     requests = [{"user_id": user} for user in users]
     requests[1]["model_version"] = "none"
-    replies, _ = ask_at_once(app, requests)
+    replies = reply_together(app, requests)
     assert [reply.status for reply in replies] == [200, 404, 200]
 
 
