@@ -293,16 +293,52 @@ def test_scores_of_pairs_are_products_of_their_vectors(app, retriever):
     assert problem["field"] == "pairs[3].user_id"
 
 
+def assert_alike(answers, alone):
+    assert len(answers) == len(alone)
+    for answer, items in zip(answers, alone):
+        scores = [item["score"] for item in items]
+        # The last bits are those of a product of matrices.
+        assert [item["score"] for item in answer["items"]] == pytest.approx(scores, rel=1e-6)
+        same = [item | {"score": score} for item, score in zip(answer["items"], scores)]
+        assert same == items
+
+
 def test_a_batch_answers_each_of_its_requests_or_none(app, retriever):
     users = retriever.bundle.users["user_id"].to_pylist()[:2]
     requests = [{"user_id": user, "k": 3} for user in users]
     answers = post(app, "retrieve/batch", requests=requests)["answers"]
     alone = [post(app, "retrieve", **request)["items"] for request in requests]
-    assert [answer["items"] for answer in answers] == alone
+    assert_alike(answers, alone)
     ids = {answer["recommendation_id"] for answer in answers}
     assert len(ids) == 2
     problem = refused(app, "retrieve/batch", requests=[*requests, {"columns": ["pricee"]}])
     assert problem["field"] == "requests[2].columns[0]" and "'price'" in problem["detail"]
+    # More than are made together, the first that is refused far behind.
+    many = [requests[number % 2] for number in range(40)]
+    answers = post(app, "retrieve/batch", requests=many)["answers"]
+    assert_alike(answers, 20 * alone)
+    wrong = {**requests[0], "columns": ["pricee"]}
+    problem = refused(app, "retrieve/batch", requests=[*many[:35], wrong, wrong])
+    assert problem["field"] == "requests[35].columns[0]"
+
+
+def test_the_tower_encodes_those_of_a_batch_who_ask_alike_together(
+    retriever, tmp_path, monkeypatch
+):
+    sizes = []
+    embed = type(retriever.bundle.towers).embed
+
+    def count(self, side, features, **options):
+        sizes.append(len(next(iter(features.values()))))
+        return embed(self, side, features, **options)
+
+    monkeypatch.setattr(type(retriever.bundle.towers), "embed", count)
+    app = make_app(retriever, tmp_path)
+    app.answers.max_together = 64
+    items = retriever.bundle.items["item_id"].to_pylist()
+    requests = [{"history": items[first : first + 3]} for first in range(20)]
+    assert len(post(app, "retrieve/batch", requests=requests)["answers"]) == 20
+    assert sizes == [16, 4]
 
 
 def test_items_are_changed_with_a_token_and_shown_by_the_next_answer(copied, tmp_path):

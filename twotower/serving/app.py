@@ -44,6 +44,7 @@ from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, check_size, read_body
+from twotower.serving.lists.batches import HandleEach, answer_each, answer_together
 from twotower.serving.metrics import Metrics
 from twotower.serving.monitoring.log import Count, RequestLog
 from twotower.serving.monitoring.served import WAITING
@@ -63,8 +64,6 @@ Receive = Callable[[], Awaitable[Any]]
 Application = Callable[[Scope, Receive, Send], Awaitable[None]]
 # (request, id in the path) -> the answer, or a promise of it
 Handle = Callable[[Any, str], Any]
-# request by number -> answers by number, or what is raised, as many at once as are made together
-HandleEach = Callable[[Mapping[int, Any]], Iterator[Mapping[int, Any]]]
 # (version, request) -> its list
 MakeAnswer = Callable[[Answers, Any], types.Answer]
 
@@ -732,7 +731,7 @@ class App(Service):
             # Lists of users, where nothing is waited for.
             each = self._retrieve_each if waits and self._threads is None else None
             made.append(self._make_single(name, summary, request, types.Answer, answer, each))
-            made.append(self._make_batch(name, batch, types.AnswerBatch, answer))
+            made.append(self._make_batch(name, batch, types.AnswerBatch, answer, each))
         return made
 
     def _make_vectors(self) -> list[Endpoint]:
@@ -788,13 +787,20 @@ class App(Service):
         )
 
     def _make_batch(
-        self, name: str, request: type[Any], answer: type[Any], function: Callable[[Any], Any]
+        self,
+        name: str,
+        request: type[Any],
+        answer: type[Any],
+        function: Callable[[Any], Any],
+        each: HandleEach | None = None,
     ) -> Endpoint:
         """Returns the endpoint of several such requests in one."""
 
         async def handle(batch: Any, item_id: str) -> Any:
             del item_id
-            return answer(await _answer_each(function, batch.requests))
+            if each is not None:
+                return answer(await answer_together(each, batch.requests))
+            return answer(await answer_each(function, batch.requests))
 
         return Endpoint(
             self,
@@ -1235,28 +1241,6 @@ def _item_id_of(scope: Scope) -> str:
             cure="Write the id of the item at the end of the path, percent-encoded.",
         )
     return item_id
-
-
-async def _answer_each(function: Callable[[Any], Any], requests: Sequence[Any]) -> list[Any]:
-    """Returns the answers of several requests.
-
-    Raises:
-        RequestError: One of them is refused; its field says which.
-    """
-    answers = []
-    for number, request in enumerate(requests):
-        try:
-            result = function(request)
-            if isinstance(result, CoroutineType):
-                result = await result
-            answers.append(result)
-        except Exception as error:
-            refusal = explain(error, type(request), ENCODER.encode(request))
-            refusal.field = f"requests[{number}].{refusal.field}".rstrip(".")
-            raise refusal from error
-        # Others are answered in between.
-        await asyncio.sleep(0)
-    return answers
 
 
 def _headers_of(refusal: RequestError) -> Headers:
