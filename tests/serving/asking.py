@@ -9,7 +9,7 @@ import httpx
 from twotower.serving.access import Access
 from twotower.serving.answers import Answers
 from twotower.serving.app import App
-from twotower.serving.direct import WholeRequest
+from twotower.serving.direct import Reply, WholeRequest
 from twotower.serving.events import EventLog
 from twotower.serving.limits import Limits
 from twotower.serving.versions.versions import Versions
@@ -46,21 +46,15 @@ def ask(app, method, path, body=None, **options):
     return asyncio.run(send(app, method, path, body, **options))
 
 
-def reply_together(app, requests, sizes=None):
-    """The replies to requests for a user's list that wait at the same moment.
-
-    Numbers of those that come at once are appended to `sizes`.
-    """
+def reply_together(app, requests):
+    """The replies to requests for a user's list that wait at the same moment, and which of them
+    were made together."""
     now = time.perf_counter()
     headers = [(b"content-type", b"application/json")]
     whole = [WholeRequest(headers, json.dumps(body).encode(), now) for body in requests]
-    replies = {}
-    for made in app.direct[b"/v1/retrieve"].replies(whole):
-        assert not made.keys() & replies.keys()
-        replies |= made
-        if sizes is not None:
-            sizes.append(len(made))
-    return [replies[number] for number in range(len(requests))]
+    made = app.direct[b"/v1/retrieve"].reply_each(whole)
+    replies = [reply if isinstance(reply, Reply) else reply() for reply in made]
+    return replies, [isinstance(reply, Reply) for reply in made]
 
 
 def post(app, name, **body):

@@ -149,7 +149,7 @@ def test_answers_that_are_made_together_are_those_of_the_retriever(retriever, tm
     app.answers.max_together = 64
     for _ in range(8):
         drawn = [draw(number) for number in range(50)]
-        replies = reply_together(app, [body for _, body, _ in drawn])
+        replies, _ = reply_together(app, [body for _, body, _ in drawn])
         for (_, body, call), reply in zip(drawn, replies):
             assert reply.status == 200, (body, reply.body)
             assert_equal_lists(body, reply.body, call)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 
 import pytest
 import uvicorn
@@ -14,18 +15,15 @@ PATH = b"/direct"
 
 
 class Endpoint:
-    """Tells the bodies that it was sent, those of one call in one yield."""
+    """Tells the bodies that it was sent, those of one call together."""
 
     def __init__(self):
         self.calls = []
 
-    def replies(self, requests):
+    def reply_each(self, requests):
         self.calls.append([request.body for request in requests])
         headers = [(b"content-type", b"text/plain")]
-        yield {
-            number: Reply(200, headers, b"direct " + request.body)
-            for number, request in enumerate(requests)
-        }
+        return [Reply(200, headers, b"direct " + request.body) for request in requests]
 
 
 async def usual(scope, receive, send):
@@ -44,13 +42,17 @@ async def usual(scope, receive, send):
 
 
 class Broken:
-    """Fails in a way that no endpoint foresees."""
+    """Fails in ways that no endpoint foresees."""
 
-    def replies(self, requests):
-        for number, request in enumerate(requests):
-            if request.body == b"broken":
-                raise ValueError("a defect")
-            yield {number: Reply(200, [], b"first " + request.body)}
+    def reply_each(self, requests):
+        if any(request.body == b"all" for request in requests):
+            raise ValueError("a defect of all")
+        return [functools.partial(self.reply, request) for request in requests]
+
+    def reply(self, request):
+        if request.body == b"broken":
+            raise ValueError("a defect")
+        return Reply(200, [], b"sound " + request.body)
 
 
 class Transport(asyncio.Transport):
@@ -79,15 +81,17 @@ class Transport(asyncio.Transport):
 
 
 class Slow:
-    """Takes longer than a turn for each answer."""
+    """Makes its answers one by one; tells when."""
 
     def __init__(self):
-        self.calls = []
+        self.made = []
 
-    def replies(self, requests):
-        self.calls.append([request.body for request in requests])
-        for number, request in enumerate(requests):
-            yield {number: Reply(200, [], b"slow " + request.body)}
+    def reply_each(self, requests):
+        return [functools.partial(self.reply, request) for request in requests]
+
+    def reply(self, request):
+        self.made.append(request.body)
+        return Reply(200, [], b"slow " + request.body)
 
 
 class Connection(DirectProtocol):
@@ -113,7 +117,7 @@ class Connection(DirectProtocol):
 def fresh(monkeypatch):
     monkeypatch.setattr(Connection, "queue", Queue(4))
     monkeypatch.setattr(Connection, "direct", {**Connection.direct, PATH: Endpoint()})
-    Connection.direct[b"/slow"].calls.clear()
+    Connection.direct[b"/slow"].made.clear()
 
 
 @contextlib.contextmanager
@@ -318,33 +322,68 @@ def test_requests_of_the_same_moment_are_answered_together_some_at_a_time():
     assert Connection.direct[PATH].calls == [texts[:4], texts[4:]]
 
 
-def test_a_defect_ends_the_connections_that_it_leaves_without_an_answer_and_no_others():
-    requests = [post(b"/broken", text) for text in (b"x", b"broken", b"y")]
-    found, closed, told = ask_together([*requests, post(PATH, b"z"), post(PATH, b"0")])
-    assert found == [[b"first x"], [], [], [b"direct z"], [b"direct 0"]]
-    assert closed == [False, True, True, False, False] and told == ["a defect"]
+@pytest.mark.parametrize("of_all", [False, True])
+def test_a_defect_ends_the_connections_that_it_leaves_without_an_answer_and_no_others(of_all):
+    texts = [b"x", b"all" if of_all else b"broken", b"y"]
+    requests = [post(b"/broken", text) for text in texts]
+    found, closed, told = ask_together([post(PATH, b"z"), *requests])
+    assert found[0] == [b"direct z"] and not closed[0]
+    if of_all:
+        assert found[1:] == [[], [], []] and closed[1:] == [True] * 3
+    else:
+        assert found[1:] == [[b"sound x"], [], [b"sound y"]]
+        assert closed[1:] == [False, True, False]
+    assert told == ["a defect of all" if of_all else "a defect"]
 
 
-def test_requests_that_a_turn_has_no_time_for_are_answered_in_the_next(monkeypatch):
+def test_requests_that_are_answered_one_by_one_leave_turns_to_those_that_arrive(monkeypatch):
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
-    requests = [post(b"/slow", text) for text in (b"a", b"b", b"c")]
-    found, _, _ = ask_together([*requests, post(PATH, b"z"), post(PATH, b"last")])
-    assert found == [[b"slow a"], [b"slow b"], [b"slow c"], [b"direct z"], [b"direct last"]]
-    # One a turn.
-    assert Connection.direct[b"/slow"].calls == [[b"a", b"b", b"c"], [b"b", b"c"], [b"c"]]
-    # Those of another endpoint are not made to wait for the slow ones.
-    assert Connection.direct[PATH].calls[0] == [b"z"]
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            made = [stack.enter_context(connected(loop)) for _ in range(5)]
+            for number in range(3):
+                made[number][0].data_received(post(b"/slow", b"%d" % number))
+            await asyncio.sleep(0)
+            # One in its turn; then those that came meanwhile and are answered together first.
+            early = list(Connection.direct[b"/slow"].made)
+            made[3][0].data_received(post(b"/slow", b"3"))
+            made[4][0].data_received(post(PATH, b"4"))
+            await asyncio.sleep(0)
+            between = list(Connection.direct[b"/slow"].made), bodies(made[4][1].written)
+            await turns()
+            return early, between, list(Connection.direct[b"/slow"].made)
+
+    early, between, order = asyncio.run(ask())
+    assert early == [b"0"] and between == ([b"0", b"1"], [b"direct 4"])
+    assert order == [b"0", b"1", b"2", b"3"]
 
 
-def test_requests_that_a_turn_has_no_time_for_stay_before_those_that_came_later(monkeypatch):
+@pytest.mark.parametrize("path", [PATH, b"/slow"])
+def test_all_of_those_that_wait_are_answered_when_the_server_stops(path, monkeypatch):
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
-    monkeypatch.setattr(Connection, "queue", Queue(2))
-    found, _, _ = ask_together([post(b"/slow", text) for text in (b"a", b"b", b"c")])
-    assert found == [[b"slow a"], [b"slow b"], [b"slow c"]]
-    assert Connection.direct[b"/slow"].calls == [[b"a", b"b"], [b"b", b"c"], [b"c"]]
+
+    async def ask(turns_before):
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            made = [stack.enter_context(connected(loop)) for _ in range(3)]
+            for number, (protocol, _) in enumerate(made):
+                protocol.data_received(post(path, b"%d" % number))
+            for _ in range(turns_before):
+                await asyncio.sleep(0)
+            for protocol, _ in made:
+                protocol.shutdown()
+            await turns()
+            ended = [protocol.ended for protocol, _ in made]
+            return [len(bodies(transport.written)) for _, transport in made], ended
+
+    for turns_before in (0, 1, 2):
+        monkeypatch.setattr(Connection, "queue", Queue(4))
+        assert asyncio.run(ask(turns_before)) == ([1] * 3, [1] * 3)
 
 
-def test_one_that_waits_for_another_turn_may_be_refused_and_its_client_may_go(monkeypatch):
+def test_one_that_waits_for_its_own_turn_may_be_refused_and_its_client_may_go(monkeypatch):
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
 
     async def ask():
@@ -357,11 +396,14 @@ def test_one_that_waits_for_another_turn_may_be_refused_and_its_client_may_go(mo
             # The first was answered in that turn.
             made[1][0].wait_seconds = -1.0
             made[2][0].connection_lost(None)
+            # No other request goes before the one that waits on its connection.
+            assert not made[1][0].is_free
             await turns()
             ended = [protocol.ended for protocol, _ in made]
             return [bodies(transport.written) for _, transport in made[:2]], ended
 
     assert asyncio.run(ask()) == ([[b"slow 0"], [b"late"]], [1, 1, 1])
+    assert Connection.direct[b"/slow"].made == [b"0"]
 
 
 def test_requests_are_gathered_for_a_time_or_until_there_are_enough(monkeypatch):

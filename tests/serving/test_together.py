@@ -80,7 +80,7 @@ def test_requests_of_all_kinds_are_answered_as_alone(retriever, tmp_path, encode
         encode_together(together)
     alone = [ask(apart, "POST", "/v1/retrieve", body) for body in requests]
     assert {response.status_code for response in alone} == {200, 400}
-    replies = reply_together(together, requests)
+    replies, _ = reply_together(together, requests)
     for reply, expected in zip(replies, alone):
         assert_alike(reply, expected)
     counted = [
@@ -108,7 +108,7 @@ def test_one_call_of_the_tower_encodes_those_who_ask_alike(retriever, tmp_path, 
 
     monkeypatch.setattr(type(retriever.bundle.towers), "embed", count)
     app = make_app(retriever, tmp_path)
-    replies = reply_together(encode_together(app), requests)
+    replies, _ = reply_together(encode_together(app), requests)
     assert {reply.status for reply in replies} == {200} and sizes == [6]
     # Where its programs are compiled for one user alone, it is called for each.
     app.answers.max_together = 1
@@ -116,17 +116,16 @@ def test_one_call_of_the_tower_encodes_those_who_ask_alike(retriever, tmp_path, 
     assert sizes == [6, *[1] * 6]
 
 
-def test_lists_that_are_made_together_come_first_and_costly_ones_one_by_one(retriever, tmp_path):
+def test_plain_lists_are_made_together_and_costly_ones_one_by_one(retriever, tmp_path):
     users = retriever.bundle.users["user_id"].to_pylist()
     costly = [{"user_id": user, "diversity": 0.5, "max_per": {"brand": 1}} for user in users[:2]]
     cheap = [{"user_id": user} for user in users[:3]]
     wrong = {"user_id": users[0], "k": -1}
     app = make_app(retriever, tmp_path)
-    sizes = []
-    replies = reply_together(app, [costly[0], *cheap, wrong, costly[1]], sizes)
+    replies, together = reply_together(app, [costly[0], *cheap, wrong, costly[1]])
     assert [reply.status for reply in replies] == [200] * 4 + [400, 200]
-    # What is refused by its form, by its version or by its user, then those alike, then the others.
-    assert sizes == [1, 0, 0, 3, 1, 1]
+    # Those alike, and what is refused by its form.
+    assert together == [False, True, True, True, True, False]
 
 
 def test_where_a_batch_fails_each_is_answered_alone(retriever, tmp_path, monkeypatch):
@@ -139,7 +138,7 @@ def test_where_a_batch_fails_each_is_answered_alone(retriever, tmp_path, monkeyp
     assert [each.status_code for each in alone] == [200] * 3 + [400] * 3
     for number in range(2):
         app = make_app(retriever, tmp_path / str(number))
-        replies = reply_together(app, requests)
+        replies, _ = reply_together(app, requests)
         for reply, expected in zip(replies, alone):
             assert_alike(reply, expected)
 
@@ -160,7 +159,7 @@ def test_a_list_that_cannot_be_counted_is_a_failure_of_its_own(retriever, tmp_pa
         tell(answers, request, made)
 
     monkeypatch.setattr(app, "_tell_list", fail)
-    replies = reply_together(app, [{"user_id": user} for user in users])
+    replies, _ = reply_together(app, [{"user_id": user} for user in users])
     assert [reply.status for reply in replies] == [200, 503, 200]
 
 
@@ -169,7 +168,7 @@ def test_each_is_answered_by_its_version(retriever, tmp_path):
     app = make_app(retriever, tmp_path)
     requests = [{"user_id": user} for user in users]
     requests[1]["model_version"] = "none"
-    replies = reply_together(app, requests)
+    replies, _ = reply_together(app, requests)
     assert [reply.status for reply in replies] == [200, 404, 200]
 
 

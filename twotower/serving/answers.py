@@ -12,7 +12,7 @@ import functools
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
@@ -32,6 +32,7 @@ from twotower.retrieval.retriever import EncodedUser, Recommendation, Recommenda
 from twotower.serving import types
 from twotower.serving.errors import RequestError
 from twotower.serving.events import LiveHistories, StoredEvent
+from twotower.serving.lists.batches import Made
 from twotower.serving.lists.cache import VectorCache
 from twotower.serving.lists.hook import Hook
 from twotower.serving.lists.shape import (
@@ -170,33 +171,29 @@ class Answers:
         """Returns the items that suit a user."""
         return self._make(request, self._way_of(request))
 
-    def retrieve_each(
-        self, requests: Mapping[int, types.Retrieve]
-    ) -> Iterator[Mapping[int, Answer | Exception]]:
-        """Yields what `retrieve` returns or raises for each request, by its number.
+    def retrieve_each(self, requests: Mapping[int, types.Retrieve]) -> Mapping[int, Made]:
+        """Returns what `retrieve` returns or raises for each request, by its number.
 
         The plain lists of the model that are asked for alike are made by one call of
-        `Retriever.recommend_each`, and come first; all others one by one.
+        `Retriever.recommend_each`. Of all others the function is returned that makes them.
         """
+        found: dict[int, Made] = {}
         ways: dict[int, _List] = {}
-        refused: dict[int, Answer | Exception] = {}
         for number, request in requests.items():
             try:
                 ways[number] = self._way_of(request)
             except Exception as error:
-                refused[number] = error
-        yield refused
+                found[number] = error
         for group in self._alike(requests, ways):
-            found: list[Recommendations] = []
+            lists: list[Recommendations] = []
             # One that fails is told when it is asked for alone, and so are those beside it.
             with contextlib.suppress(Exception):
-                found = self._make_each([ways[number] for number in group])
-            yield {
-                number: _tried(self._answer_of, requests[number], ways.pop(number), items)
-                for number, items in zip(group, found)
-            }
+                lists = self._make_each([ways[number] for number in group])
+            for number, items in zip(group, lists):
+                found[number] = _tried(self._answer_of, requests[number], ways.pop(number), items)
         for number, way in ways.items():
-            yield {number: _tried(self._make, requests[number], way)}
+            found[number] = functools.partial(self._make, requests[number], way)
+        return found
 
     def _way_of(self, request: types.Retrieve) -> _List:
         """Returns how a list is made."""

@@ -16,7 +16,6 @@ from collections.abc import (
     Awaitable,
     Callable,
     Iterable,
-    Iterator,
     Mapping,
     MutableMapping,
     Sequence,
@@ -39,12 +38,12 @@ from twotower.serving import openapi, types
 from twotower.serving.access import Access, Right
 from twotower.serving.aliases import Aliases
 from twotower.serving.answers import Answers
-from twotower.serving.direct import DirectEndpoint, Headers, Reply, WholeRequest
+from twotower.serving.direct import DirectEndpoint, Headers, MakeReply, Reply, WholeRequest
 from twotower.serving.errors import RequestError, explain
 from twotower.serving.events import EventLog
 from twotower.serving.impressions.log import ImpressionLog
 from twotower.serving.limits import Limits, check_headers, check_size, read_body
-from twotower.serving.lists.batches import HandleEach, answer_each, answer_together
+from twotower.serving.lists.batches import HandleEach, Made, answer_each, answer_together
 from twotower.serving.metrics import Metrics
 from twotower.serving.monitoring.log import Count, RequestLog
 from twotower.serving.monitoring.served import WAITING
@@ -191,43 +190,45 @@ class Endpoint:
         # Refusals too: a rise of them is what alarms are set to.
         app.count_request(self.name, reply.status, reply.version, time.perf_counter() - start)
 
-    def replies(self, requests: Sequence[WholeRequest]) -> Iterator[Mapping[int, Reply]]:
-        """Yields the replies to several requests, of an endpoint that does not wait.
+    def reply_each(self, requests: Sequence[WholeRequest]) -> Sequence[Reply | MakeReply]:
+        """Returns the replies to several requests, of an endpoint that does not wait.
 
         Args:
             requests: Requests; the time that each waited for its turn is counted too.
 
-        Yields:
-            Reply by the number of its request, as many at once as are made together.
+        Returns:
+            The reply of each that is made together with others, and a function that makes those of
+            the others.
         """
-        if self._handle_each is not None and len(requests) > 1:
-            yield from self._reply_to_each(requests, self._handle_each)
-            return
-        for number, request in enumerate(requests):
-            try:
-                result = self._respond(self._read_whole(request), "")
-            # The server goes on, whatever one request does.
-            except Exception as error:
-                result = error
-            yield {number: self._reply_to(request, result)}
-
-    def _reply_to_each(
-        self, requests: Sequence[WholeRequest], handle_each: HandleEach
-    ) -> Iterator[Mapping[int, Reply]]:
-        """Yields what `replies` yields, where requests are handled together."""
+        if self._handle_each is None or len(requests) == 1:
+            return [functools.partial(self._reply_alone, request) for request in requests]
         read: dict[int, Any] = {}
-        refused: dict[int, Reply] = {}
+        replies: dict[int, Reply | MakeReply] = {}
         for number, request in enumerate(requests):
             try:
                 read[number] = self._read_whole(request)
             except Exception as error:
-                refused[number] = self._reply_to(request, error)
-        yield refused
-        for results in handle_each(read):
-            yield {
-                number: self._reply_to(requests[number], result)
-                for number, result in results.items()
-            }
+                replies[number] = self._reply_to(request, error)
+        for number, result in self._handle_each(read).items():
+            request = requests[number]
+            if callable(result):
+                replies[number] = functools.partial(self._reply_made, request, result)
+            else:
+                replies[number] = self._reply_to(request, result)
+        return [replies[number] for number in range(len(requests))]
+
+    def _reply_alone(self, request: WholeRequest) -> Reply:
+        """Returns the reply to one request."""
+        return self._reply_made(request, lambda: self._respond(self._read_whole(request), ""))
+
+    def _reply_made(self, request: WholeRequest, make: Callable[[], Any]) -> Reply:
+        """Returns the reply that tells what a function returns or raises."""
+        try:
+            result = make()
+        # The server goes on, whatever one request does.
+        except Exception as error:
+            result = error
+        return self._reply_to(request, result)
 
     def _read_whole(self, request: WholeRequest) -> Any:
         """Returns a request as the type of its body.
@@ -1026,35 +1027,35 @@ class App(Service):
         session = getattr(request, "session_id", None)
         return self.versions.choose(user, session, request.model_version)
 
-    def _retrieve_each(
-        self, requests: Mapping[int, types.Retrieve]
-    ) -> Iterator[Mapping[int, types.Answer | Exception]]:
-        """Yields the answers to requests, or what they are refused by, by their number."""
+    def _retrieve_each(self, requests: Mapping[int, types.Retrieve]) -> Mapping[int, Made]:
+        """Returns the lists that requests ask for, by their number; see `HandleEach`."""
+        found: dict[int, Made] = {}
         by_version: dict[Answers, dict[int, types.Retrieve]] = {}
-        refused: dict[int, types.Answer | Exception] = {}
         for number, request in requests.items():
             try:
                 by_version.setdefault(self._choose(request), {})[number] = request
             except Exception as error:
-                refused[number] = error
-        yield refused
+                found[number] = error
         self.metrics.batches.observe(len(requests))
         for answers, asked in by_version.items():
-            for made in answers.retrieve_each(asked):
-                yield {
-                    number: self._count(answers, asked[number], answer)
-                    for number, answer in made.items()
-                }
+            for number, made in answers.retrieve_each(asked).items():
+                found[number] = self._counted(answers, asked[number], made)
+        return found
 
-    def _count(
-        self, answers: Answers, request: types.Retrieve, made: types.Answer | Exception
-    ) -> types.Answer | Exception:
-        """Returns an answer that was counted, or what it is refused by."""
-        if isinstance(made, types.Answer):
-            try:
-                self._tell_list(answers, request, made)
-            except Exception as error:
-                return error
+    def _counted(self, answers: Answers, request: types.Retrieve, made: Made) -> Made:
+        """Returns what was made, and counts a list; one that is not made yet when it is."""
+        if isinstance(made, Exception):
+            return made
+        if not isinstance(made, types.Answer):
+            return lambda: self._tell(answers, request, made())
+        try:
+            return self._tell(answers, request, made)
+        except Exception as error:
+            return error
+
+    def _tell(self, answers: Answers, request: types.Retrieve, made: types.Answer) -> types.Answer:
+        """Returns a list that it counts."""
+        self._tell_list(answers, request, made)
         return made
 
     def _tell_lists(self, function: MakeAnswer) -> Callable[[Answers, Any, types.Answer], None]:

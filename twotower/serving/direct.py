@@ -8,9 +8,10 @@ that arrived, and together with those that wait beside it. Everything else goes 
 from __future__ import annotations
 
 import asyncio
+import collections
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -49,17 +50,22 @@ class WholeRequest(NamedTuple):
     arrived: float
 
 
+# Makes the reply to a request, in a turn of its own.
+MakeReply = Callable[[], Reply]
+
+
 class DirectEndpoint(Protocol):
     """An endpoint that waits for nothing."""
 
-    def replies(self, requests: Sequence[WholeRequest]) -> Iterator[Mapping[int, Reply]]:
-        """Yields the replies to requests, or their refusals, as many at once as are made together.
+    def reply_each(self, requests: Sequence[WholeRequest]) -> Sequence[Reply | MakeReply]:
+        """Returns the reply to each request, or its refusal.
 
         Args:
             requests: Requests that wait at the same moment.
 
-        Yields:
-            Reply by the number of its request.
+        Returns:
+            The reply of each that is made together with others, and a function that makes the
+            others, which take a turn of their own.
         """
         ...
 
@@ -95,10 +101,11 @@ class DirectProtocol(HttpToolsProtocol):
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
-        # The request whose body arrives, the one that waits for its turn, and the one that has it.
+        # The request whose body arrives, the one that waits, and what makes the reply to one that
+        # waits for a turn of its own.
         self._arriving: _Request | None = None
         self._waiting: _Request | None = None
-        self._answered: _Request | None = None
+        self._make: MakeReply | None = None
         self._arrived = 0.0
         self._idle_since = 0.0
         self._idle_timer: asyncio.TimerHandle | None = None
@@ -107,7 +114,7 @@ class DirectProtocol(HttpToolsProtocol):
     def is_free(self) -> bool:
         """Whether no request of the connection waits for its answer."""
         is_done = self.cycle is None or self.cycle.response_complete
-        return is_done and self._waiting is None
+        return is_done and self._waiting is None and self._make is None
 
     @property
     def closing(self) -> Headers:
@@ -203,28 +210,41 @@ class DirectProtocol(HttpToolsProtocol):
         return None if self._waiting is None else self._waiting.endpoint
 
     def take(self) -> WholeRequest | None:
-        """Returns the request that waits; None if it is over.
-
-        `send`, `put_back` or `fail` must follow.
-        """
+        """Returns the request that waits, to be answered now; None if that is too late."""
         request = self._waiting
-        if request is None:
-            return None
         self._waiting = None
+        if request is None or self._is_over():
+            return None
+        return WholeRequest(request.headers, b"".join(request.parts), self._arrived)
+
+    def wait_for_turn(self, make: MakeReply) -> None:
+        """Lets the request that was taken wait for a turn of its own."""
+        self._make = make
+
+    def take_turn(self) -> None:
+        """Answers the request that has waited for its own turn, if there still is one."""
+        make = self._make
+        self._make = None
+        if make is None or self._is_over():
+            return
+        try:
+            reply = make()
+        except BaseException:
+            self.fail()
+            raise
+        self.send(reply)
+
+    def _is_over(self) -> bool:
+        """Whether a request needs no answer any more: its client has gone, or it is refused."""
         if self.transport.is_closing():
             self.on_direct_end()
-            return None
+            return True
         # Whoever waits behind it would wait even longer, until nobody was answered in time.
         if time.perf_counter() - self._arrived > self.wait_seconds and self.is_crowded:
             self.refuse_late()
             self._go_on()
-            return None
-        self._answered = request
-        return WholeRequest(request.headers, b"".join(request.parts), self._arrived)
-
-    def put_back(self) -> None:
-        """Lets the request that was taken wait for another turn."""
-        self._waiting = self._answered
+            return True
+        return False
 
     def send(self, reply: Reply) -> None:
         """Writes the answer to the request that was taken."""
@@ -236,7 +256,8 @@ class DirectProtocol(HttpToolsProtocol):
         self._go_on()
 
     def fail(self) -> None:
-        """Ends the connection without an answer to the request that was taken."""
+        """Ends the connection without an answer to the request that was taken, after a defect."""
+        # Its client would wait for good.
         self.transport.close()
         self.on_direct_end()
 
@@ -259,9 +280,10 @@ class DirectProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         if self._idle_timer is not None:
             self._idle_timer.cancel()
-        if self._arriving is not None or self._waiting is not None:
+        if self._arriving or self._waiting or self._make:
             self._arriving = None
             self._waiting = None
+            self._make = None
             self.on_direct_end()
         super().connection_lost(exc)
 
@@ -288,9 +310,9 @@ class DirectProtocol(HttpToolsProtocol):
 class Queue:
     """Connections of one event loop whose requests wait, answered some at a time.
 
-    Those that wait at the same moment are answered together: an endpoint may make many answers for
-    less than it makes each alone, and all are made before the first is written, since the caches of
-    a processor hold the one or the other.
+    Those that wait at the same moment are answered together, as far as their endpoint makes many
+    answers for less than it makes each alone: all are made before the first is written, since the
+    caches of a processor hold the one or the other. The others follow one by one.
     """
 
     def __init__(self, at_once: int, seconds: float = 0.0):
@@ -304,52 +326,57 @@ class Queue:
         self._at_once = at_once
         self._seconds = seconds
         self._waiting: list[DirectProtocol] = []
+        # Those whose requests each wait for a turn of their own.
+        self._alone: collections.deque[DirectProtocol] = collections.deque()
         self._first_at = 0.0
 
     def add(self, connection: DirectProtocol, loop: asyncio.AbstractEventLoop) -> None:
         """Lets a connection wait whose request is whole."""
         if not self._waiting:
             self._first_at = time.perf_counter()
-            loop.call_soon(self._answer_some, loop)
+            # Those who wait for a turn of their own are in the loop already.
+            if not self._alone:
+                loop.call_soon(self._answer_some, loop)
         self._waiting.append(connection)
 
     def answer_now(self, connection: DirectProtocol) -> None:
         """Answers the request of a connection, if one waits, before all others."""
         if connection.waits_for is not None:
             self._answer(connection.waits_for, [connection])
+        connection.take_turn()
 
     def _answer_some(self, loop: asyncio.AbstractEventLoop) -> None:
         """Answers those who wait when there are enough, or the first has waited for long enough."""
         # Turn by turn, in which others arrive: timers of the loop are a thousand times as coarse.
-        is_full = len(self._waiting) >= self._at_once
+        is_full = len(self._waiting) >= self._at_once or bool(self._alone)
         if not is_full and time.perf_counter() - self._first_at < self._seconds:
             loop.call_soon(self._answer_some, loop)
             return
+        some = self._waiting[: self._at_once]
+        del self._waiting[: self._at_once]
         by_endpoint: dict[DirectEndpoint, list[DirectProtocol]] = {}
-        for connection in self._waiting[: self._at_once]:
+        for connection in some:
             endpoint = connection.waits_for
             if endpoint is not None:
                 by_endpoint.setdefault(endpoint, []).append(connection)
-        del self._waiting[: self._at_once]
-        left = [connection for each in by_endpoint.values() for connection in each]
+        end = time.perf_counter() + TURN_SECONDS
         try:
-            end = time.perf_counter() + TURN_SECONDS
-            for endpoint, connections in by_endpoint.items():
-                left = left[len(connections) :]
-                self._answer(endpoint, connections, end)
+            while by_endpoint:
+                self._answer(*by_endpoint.popitem())
+            # Some take a thousand times as long as others, which arrive meanwhile.
+            while self._alone:
+                self._alone.popleft().take_turn()
+                if time.perf_counter() > end:
+                    break
         finally:
-            # Of other endpoints, after a defect in one of them, which the loop logs.
-            self._waiting[:0] = left
-            if self._waiting:
+            # After a defect, which the loop logs: those of other endpoints wait on.
+            for connections in by_endpoint.values():
+                self._waiting += connections
+            if self._waiting or self._alone:
                 loop.call_soon(self._answer_some, loop)
 
-    def _answer(
-        self,
-        endpoint: DirectEndpoint,
-        connections: Sequence[DirectProtocol],
-        end: float = math.inf,
-    ) -> None:
-        """Answers requests that wait for one endpoint, as many as there is time for."""
+    def _answer(self, endpoint: DirectEndpoint, connections: Sequence[DirectProtocol]) -> None:
+        """Answers requests for one endpoint that are answered together."""
         taken: list[DirectProtocol] = []
         requests: list[WholeRequest] = []
         for connection in connections:
@@ -357,22 +384,18 @@ class Queue:
             if request is not None:
                 taken.append(connection)
                 requests.append(request)
-        unanswered = dict(enumerate(taken))
         try:
-            for replies in endpoint.replies(requests):
-                for number, reply in replies.items():
-                    unanswered.pop(number).send(reply)
-                # Some take a thousand times as long as others, which have arrived meanwhile.
-                if time.perf_counter() > end:
-                    break
+            replies = endpoint.reply_each(requests)
         except BaseException:
-            # Their clients would wait for good.
-            for connection in unanswered.values():
+            for connection in taken:
                 connection.fail()
             raise
-        for connection in unanswered.values():
-            connection.put_back()
-        self._waiting[:0] = unanswered.values()
+        for connection, reply in zip(taken, replies):
+            if isinstance(reply, Reply):
+                connection.send(reply)
+            else:
+                connection.wait_for_turn(reply)
+                self._alone.append(connection)
 
 
 class _Heads:

@@ -1,18 +1,22 @@
-"""Several requests in one: all of them are answered, or none."""
+"""Requests that are answered together, and several requests in one: all are answered, or none."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import CoroutineType
 from typing import Any
 
 import msgspec
 
 from twotower.serving.errors import RequestError, explain
+from twotower.serving.types import Answer
 
-# request by number -> answers by number, or what is raised, as many at once as are made together
-HandleEach = Callable[[Mapping[int, Any]], Iterator[Mapping[int, Any]]]
+# An answer, what a request is refused by, or the function that makes the one or raises the other.
+Made = Answer | Exception | Callable[[], Answer]
+# Request by its number -> what is made of it: the answers of those that are made together, and
+# functions that make the others.
+HandleEach = Callable[[Mapping[int, Any]], Mapping[int, Made]]
 # Requests that are made together: others wait for them, and the tower is compiled for as many.
 PART = 16
 
@@ -53,15 +57,18 @@ async def answer_together(each: HandleEach, requests: Sequence[Any]) -> list[Any
     """
     answers: list[Any] = []
     for first in range(0, len(requests), PART):
-        made: dict[int, Any] = {}
-        for some in each(dict(enumerate(requests[first : first + PART], first))):
-            made |= some
+        part = dict(enumerate(requests[first : first + PART], first))
+        found = each(part)
+        for number, request in part.items():
+            made = found[number]
+            try:
+                if isinstance(made, Exception):
+                    raise made
+                answers.append(made() if callable(made) else made)
+            except Exception as error:
+                raise _refusal(number, request, error) from error
             # Others are answered in between.
             await asyncio.sleep(0)
-        for number in sorted(made):
-            if isinstance(made[number], Exception):
-                raise _refusal(number, requests[number], made[number]) from made[number]
-            answers.append(made[number])
     return answers
 
 
