@@ -323,11 +323,15 @@ def test_requests_of_the_same_moment_are_answered_together_some_at_a_time():
 
 
 @pytest.mark.parametrize("of_all", [False, True])
-def test_a_defect_ends_the_connections_that_it_leaves_without_an_answer_and_no_others(of_all):
+def test_a_defect_ends_the_connections_that_it_leaves_without_an_answer_and_no_others(
+    of_all, monkeypatch
+):
+    monkeypatch.setattr(Connection, "queue", Queue(8))
     texts = [b"x", b"all" if of_all else b"broken", b"y"]
     requests = [post(b"/broken", text) for text in texts]
-    found, closed, told = ask_together([post(PATH, b"z"), *requests])
-    assert found[0] == [b"direct z"] and not closed[0]
+    around = [post(PATH, b"z"), post(b"/slow", b"z")]
+    (*found, last), (*closed, is_closed), told = ask_together([around[0], *requests, around[1]])
+    assert found[0] == [b"direct z"] and last == [b"slow z"] and not closed[0] and not is_closed
     if of_all:
         assert found[1:] == [[], [], []] and closed[1:] == [True] * 3
     else:
@@ -396,6 +400,7 @@ def test_one_that_waits_for_its_own_turn_may_be_refused_and_its_client_may_go(mo
             # The first was answered in that turn.
             made[1][0].wait_seconds = -1.0
             made[2][0].connection_lost(None)
+            assert made[2][0].ended == 1
             # No other request goes before the one that waits on its connection.
             assert not made[1][0].is_free
             await turns()

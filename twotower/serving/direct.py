@@ -361,8 +361,8 @@ class Queue:
                 by_endpoint.setdefault(endpoint, []).append(connection)
         end = time.perf_counter() + TURN_SECONDS
         try:
-            while by_endpoint:
-                self._answer(*by_endpoint.popitem())
+            for endpoint in list(by_endpoint):
+                self._answer(endpoint, by_endpoint.pop(endpoint))
             # Some take a thousand times as long as others, which arrive meanwhile.
             while self._alone:
                 self._alone.popleft().take_turn()
