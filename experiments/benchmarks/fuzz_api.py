@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote, urlsplit
@@ -44,6 +44,7 @@ LEAKS = re.compile(
     r"Traceback|File \"|line \d+, in|\.py\b|site-packages|/(?:proc|tmp|home|root)/|sqlite|"
     r"\b(?:msgspec|numpy|pyarrow|starlette|uvicorn|httptools|jaxlib|absl)\b"
 )
+TOGETHER = 16  # requests that are answered together
 MAX_GROWTH = 24 << 20  # bytes of memory that many requests may add
 
 
@@ -114,6 +115,25 @@ class InProcess:
         start, *rest = messages
         names = {key.decode(): value.decode() for key, value in start["headers"]}
         return Response(start["status"], names, b"".join(part.get("body", b"") for part in rest))
+
+    def send_together(self, path: str, bodies: Sequence[bytes]) -> list[Response]:
+        """Returns the answers to requests that wait at the same moment, without a token.
+
+        Args:
+            path: Path of an endpoint that waits for nothing.
+            bodies: Bodies.
+        """
+        from twotower.serving.direct import Reply, WholeRequest
+
+        headers = [(b"content-type", b"application/json")]
+        now = time.perf_counter()
+        asked = [WholeRequest(headers, body, now) for body in bodies]
+        responses = []
+        for made in self.app.direct[path.encode()].reply_each(asked):
+            reply = made if isinstance(made, Reply) else made()
+            names = {key.decode(): value.decode() for key, value in reply.headers}
+            responses.append(Response(reply.status, names, reply.body))
+        return responses
 
     def close(self) -> None:
         """Ends the loop."""
@@ -382,8 +402,11 @@ def fuzz(
 def attack(server: InProcess, folder: str, count: int, seed: int = 0) -> Counter[str]:
     """Sends hostile bodies without a token; returns the number of each outcome.
 
+    Those to `/v1/retrieve` are also sent beside right ones, to be answered together.
+
     Raises:
-        AssertionError: An answer is none that a request may have, or something has changed.
+        AssertionError: An answer is none that a request may have, or another one among others, or
+            something has changed.
     """
     retriever = server.app.answers.retriever
     bodies = valid_bodies(retriever)
@@ -393,10 +416,21 @@ def attack(server: InProcess, folder: str, count: int, seed: int = 0) -> Counter
     before = _items(server, probe)
     changes = retriever.changes
     outcomes: Counter[str] = Counter()
+    path = "/v1/retrieve"
+    right = Case("POST", path, path, json.dumps(probe).encode())
+    beside = [(right, 200)]
     for case in hostile_bodies(bodies, count, seed):
         response = server.send(case.method, case.path, case.body)
         check(case, response, folder)
         outcomes[str(response.status)] += 1
+        if case.path == path:
+            beside += [(case, response.status), (right, 200)]
+        if len(beside) >= TOGETHER:
+            together = server.send_together(path, [case.body or b"" for case, _ in beside])
+            for (each, status), response in zip(beside, together):
+                check(each, response, folder)
+                assert response.status == status, f"{each} -> {response.status}, alone {status}"
+            beside.clear()
     assert retriever.changes == changes and _items(server, probe) == before
     return outcomes
 
@@ -469,7 +503,9 @@ def make_server(folder: Path) -> InProcess:
     # Whoever sends events needs no token here.
     access = Access({"admin": TOKEN})
     events = EventLog(folder / "events")
-    made = App(Versions(Answers(retriever)), events, access=access, limits=Limits())
+    made = App(
+        Versions(Answers(retriever, max_together=TOGETHER)), events, access=access, limits=Limits()
+    )
     server = InProcess(made)
     made.answers.warm()
     made.status = "ok"
