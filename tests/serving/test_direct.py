@@ -17,6 +17,8 @@ PATH = b"/direct"
 class Endpoint:
     """Tells the bodies that it was sent, those of one call together."""
 
+    gathers = True
+
     def __init__(self):
         self.calls = []
 
@@ -43,6 +45,8 @@ async def usual(scope, receive, send):
 
 class Broken:
     """Fails in ways that no endpoint foresees."""
+
+    gathers = True
 
     def reply_each(self, requests):
         if any(request.body == b"all" for request in requests):
@@ -82,6 +86,8 @@ class Transport(asyncio.Transport):
 
 class Slow:
     """Makes its answers one by one; tells when."""
+
+    gathers = False
 
     def __init__(self):
         self.made = []
@@ -175,6 +181,30 @@ def test_answers_keep_the_order_of_requests_wherever_these_are_cut():
     written, ended = asyncio.run(ask([]))
     # Those that arrive behind one that waits stand in its line.
     assert bodies(written)[0] == b"direct one" and ended == 1
+
+
+@pytest.mark.parametrize("path", [PATH, b"/slow"])
+@pytest.mark.parametrize("seconds", [0.0, 30.0])
+def test_answers_keep_the_order_of_requests_while_the_first_waits(path, seconds, monkeypatch):
+    """For its turn behind others, or for more to come."""
+    monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
+    monkeypatch.setattr(Connection, "queue", Queue(4, seconds))
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            made = [stack.enter_context(connected(loop)) for _ in range(3)]
+            for protocol, _ in made:
+                protocol.data_received(post(path, b"first"))
+            await asyncio.sleep(0)
+            protocol, transport = made[2]
+            protocol.data_received(post(PATH, b"second") + post(path, b"third"))
+            await turns()
+            Connection.queue._first_at -= 60
+            await turns()
+            return [body.partition(b" ")[2] for body in bodies(transport.written)]
+
+    assert asyncio.run(ask()) == [b"first", b"second", b"third"]
 
 
 @pytest.mark.parametrize(
@@ -340,6 +370,30 @@ def test_a_defect_ends_the_connections_that_it_leaves_without_an_answer_and_no_o
     assert told == ["a defect of all" if of_all else "a defect"]
 
 
+def test_those_of_an_own_turn_come_on_however_long_the_others_take(monkeypatch):
+    class Long(Endpoint):
+        def reply_each(self, requests):
+            clock[0] += 60.0
+            return super().reply_each(requests)
+
+    clock = [1_000.0]
+    monkeypatch.setattr(direct.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(Connection, "direct", {**Connection.direct, PATH: Long()})
+    monkeypatch.setattr(Connection, "queue", Queue(8))
+    slow = [post(b"/slow", b"%d" % number) for number in range(5)]
+
+    async def ask():
+        loop = asyncio.get_running_loop()
+        with contextlib.ExitStack() as stack:
+            made = [stack.enter_context(connected(loop)) for _ in range(6)]
+            for (protocol, _), request in zip(made, [post(PATH, b"x"), *slow]):
+                protocol.data_received(request)
+            await asyncio.sleep(0)
+            return list(Connection.direct[b"/slow"].made)
+
+    assert len(asyncio.run(ask())) == 5
+
+
 def test_requests_that_are_answered_one_by_one_leave_turns_to_those_that_arrive(monkeypatch):
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
 
@@ -412,12 +466,12 @@ def test_one_that_waits_for_its_own_turn_may_be_refused_and_its_client_may_go(mo
 
 
 def test_requests_are_gathered_for_a_time_or_until_there_are_enough(monkeypatch):
-    async def ask(count):
+    async def ask(count, path=PATH):
         loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as stack:
             made = [stack.enter_context(connected(loop)) for _ in range(count)]
             for number, (protocol, _) in enumerate(made):
-                protocol.data_received(post(PATH, b"%d" % number))
+                protocol.data_received(post(path, b"%d" % number))
                 await turns()
             early = [bool(transport.written) for _, transport in made]
             # As if that time had passed.
@@ -429,4 +483,7 @@ def test_requests_are_gathered_for_a_time_or_until_there_are_enough(monkeypatch)
     assert asyncio.run(ask(3)) == ([False] * 3, [[b"direct %d" % n] for n in range(3)])
     monkeypatch.setattr(Connection, "queue", Queue(4, 30.0))
     assert asyncio.run(ask(5))[0] == [True] * 4 + [False]
+    # Those that gain nothing from it wait for nobody.
+    monkeypatch.setattr(Connection, "queue", Queue(4, 30.0))
+    assert asyncio.run(ask(2, b"/slow"))[0] == [True] * 2
     assert [len(call) for call in Connection.direct[PATH].calls] == [3, 4, 1]

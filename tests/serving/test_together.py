@@ -1,8 +1,10 @@
 """Requests that are answered together: each as it is answered alone, whatever stands beside it."""
 
+import gc
 import json
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -161,6 +163,85 @@ def test_a_list_that_cannot_be_counted_is_a_failure_of_its_own(retriever, tmp_pa
     monkeypatch.setattr(app, "_tell_list", fail)
     replies, _ = reply_together(app, [{"user_id": user} for user in users])
     assert [reply.status for reply in replies] == [200, 503, 200]
+
+
+def test_one_that_cannot_be_compared_with_others_is_refused_alone(retriever, tmp_path, monkeypatch):
+    users = retriever.bundle.users["user_id"].to_pylist()[:3]
+    app = make_app(retriever, tmp_path)
+    is_shaped = app.answers._is_shaped
+
+    def fail(request, way):
+        if request.user_id == users[1]:
+            raise RecursionError("too deep")
+        return is_shaped(request, way)
+
+    monkeypatch.setattr(app.answers, "_is_shaped", fail)
+    replies, together = reply_together(app, [{"user_id": user} for user in users])
+    assert [reply.status for reply in replies] == [200, 400, 200]
+    assert together == [True, False, True]
+
+
+@pytest.mark.parametrize("option", [{"diversity": 0.5}, {"reasons": True}])
+def test_lists_that_take_long_take_turns_of_their_own(retriever, tmp_path, option):
+    users = retriever.bundle.users["user_id"].to_pylist()[:4]
+    app = make_app(retriever, tmp_path)
+    requests = [{"user_id": user, **(option if n % 2 else {})} for n, user in enumerate(users)]
+    _, together = reply_together(app, requests)
+    assert together == [True, False, True, False]
+
+
+def test_refusals_of_many_leave_nothing_to_the_garbage_collector(retriever, tmp_path):
+    users = retriever.bundle.users["user_id"].to_pylist()[:2]
+    app = make_app(retriever, tmp_path)
+    wrong = [{"user_id": user, "columns": ["prise"]} for user in users]
+    reply_together(app, wrong)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(each, Exception) for each in gc.get_objects())
+        replies, _ = reply_together(app, wrong)
+        assert {reply.status for reply in replies} == {400}
+        assert sum(isinstance(each, Exception) for each in gc.get_objects()) == before
+    finally:
+        gc.enable()
+
+
+def test_an_item_that_is_denied_and_in_a_history_counts_once(retriever, tmp_path):
+    """More that is left out means more effort of an approximate index, and another list."""
+    items = retriever.bundle.items["item_id"].to_pylist()
+    asked = [{"rows": [{"history": items[n : n + 4]}]} for n in range(9)]
+    options = {"k": 8, "deny": items[2:8]}
+    together = retriever.recommend_each(asked, **options)
+    for found, each in zip(together, asked):
+        alone = retriever.recommend(**each, **options)
+        assert [item.item_id for item in found] == [item.item_id for item in alone]
+
+
+def test_lists_of_a_refused_batch_are_not_counted(retriever, tmp_path):
+    users = retriever.bundle.users["user_id"].to_pylist()[:3]
+    app = make_app(retriever, tmp_path)
+    requests = [{"user_id": user} for user in users]
+    wrong = {**requests[0], "columns": ["prise"]}
+    batch = {"requests": [*requests, wrong]}
+    assert ask(app, "POST", "/v1/retrieve/batch", batch).status_code == 400
+    assert "twotower_recommended_items_total{" not in app.metrics.format().decode()
+    assert ask(app, "POST", "/v1/retrieve/batch", {"requests": requests}).status_code == 200
+    assert "twotower_recommended_items_total{" in app.metrics.format().decode()
+
+
+@pytest.mark.parametrize("retriever", [ExactIndex], indirect=True)
+def test_after_warming_no_requests_of_the_same_moment_compile(retriever, caplog):
+    users = retriever.bundle.users["user_id"].to_pylist()
+    items = retriever.bundle.items["item_id"].to_pylist()
+    retriever.warm(8)
+    with jax.log_compiles(True):
+        for count in (1, 2, 5, 8):
+            retriever.recommend_each([{"user": user} for user in users[:count]])
+            retriever.recommend_each([{"user": user} for user in users[:count]], deny=items[:20])
+            histories = [{"rows": [{"history": items[n : n + 9]}]} for n in range(count)]
+            retriever.recommend_each(histories)
+            retriever.recommend_each(histories, exclude_seen=False)
+    assert "Compiling" not in caplog.text
 
 
 def test_each_is_answered_by_its_version(retriever, tmp_path):

@@ -35,6 +35,9 @@ HOST_BLOCK_QUERIES = 1_024
 # Items that the length of a block is a multiple of on a CPU: XLA then adds the products of a score
 # in one order, whichever items stand beside it. Measured: 32 are too few.
 HOST_BLOCK_MULTIPLE = 64
+# Numbers of exclusions of several queries that are padded to multiples by four of the first.
+MIN_COARSE = 1_024
+MAX_COARSE = 65_536
 
 
 def top_k(
@@ -234,8 +237,7 @@ class ExactIndex:
 def _excluded_pairs(exclude: Ragged | None, first: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the exclusions within [first, stop) as pairs (query, item - first), int32 each.
 
-    They are padded to a power of two with pairs that a scatter drops, so that few shapes are
-    compiled.
+    They are padded with pairs that a scatter drops, so that few shapes are compiled.
     """
     # Without exclusions the arrays are empty, which is one more shape that is compiled.
     if exclude is None:
@@ -243,4 +245,21 @@ def _excluded_pairs(exclude: Ragged | None, first: int, stop: int) -> tuple[np.n
     inside = (exclude.values >= first) & (exclude.values < stop)
     query = exclude.rows[inside]
     item = exclude.values[inside] - first
-    return pad_pairs(query, item, next_power_of_two(len(item)), num_columns=stop - first)
+    size = padded_exclusions(len(item), len(exclude))
+    return pad_pairs(query, item, size, num_columns=stop - first)
+
+
+def padded_exclusions(count: int, num_lists: int) -> int:
+    """Returns the number of exclusions to which so many of all lists together are padded.
+
+    >>> [padded_exclusions(20, 1), padded_exclusions(20, 8), padded_exclusions(2_000, 8)]
+    [32, 1024, 4096]
+    """
+    if num_lists == 1 or count > MAX_COARSE:
+        return next_power_of_two(count)
+    # Each number of lists has programs of its own, which a server compiles before it is ready. What
+    # is padded costs little beside the products.
+    size = MIN_COARSE
+    while size < count:
+        size *= 4
+    return size

@@ -285,7 +285,7 @@ def _first_lists(
         exclude: Rows that must not come back, one list a query.
         k: Length of the lists.
     """
-    # Long lists, and many of them, cost less by NumPy, where a list has less than it needs too.
+    # By NumPy where they are long or many, and where one of them is too short.
     if k > MAX_LOOPED or len(rows) > MAX_LOOPED_LISTS:
         return None
     if len(rows) == 1:

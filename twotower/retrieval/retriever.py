@@ -27,6 +27,7 @@ from twotower.core.progress import progress
 from twotower.core.times import TimeForm
 from twotower.data.operators import unit_of
 from twotower.index.base import check_k, check_vectors
+from twotower.index.exact import padded_exclusions
 from twotower.index.search import takes_exclusions
 from twotower.retrieval.bundle import Bundle, load_bundle
 from twotower.retrieval.live.catalogue import LiveCatalogue
@@ -65,7 +66,7 @@ __all__ = [
 # Users whose candidates are in memory together: one call of the tower programs.
 USERS_AT_ONCE = BATCH
 MAX_WEIGHT = 1e30  # of popularity, in either direction
-MAX_WARMED = 1_024  # excluded items up to which search is compiled beforehand
+MAX_WARMED = 1_024  # excluded items of a user up to which search is compiled beforehand
 MIN_SEARCHED = 8  # users whom an approximate index is searched for at once
 MAX_LISTED = 2**24  # entries of the lists that are in memory together
 
@@ -789,19 +790,22 @@ class Retriever:
         towers.warm("item", self.bundle.encoder.encode("item", no_item), up_to=1)
         snapshot = self._live.catalogue.snapshot
         snapshot.base.prepare_rows()
-        # Exact search is compiled for each power of two of excluded items.
+        # Exact search is compiled for each number that excluded items are padded to.
         vector = np.eye(1, towers.dim, dtype=np.float32)
-        longest = 2 * self.bundle.seen.longest
+        longest = min(2 * self.bundle.seen.longest, MAX_WARMED, len(snapshot.base))
         # Others look at one query after another.
         is_exact: bool = takes_exclusions(snapshot.base.index)
         for size in sizes if is_exact else [1]:
             excluded = 0
-            while excluded <= min(MAX_WARMED, size * longest, len(snapshot.base)):
-                # All in one list: the programs differ by their number alone.
-                numbers = np.arange(excluded, dtype=np.int32)
-                lists = Ragged.from_pairs(np.zeros(excluded, int), numbers, num_rows=size)
+            while True:
+                # The programs differ by the number of all of them alone.
+                places = np.arange(excluded)
+                lists = Ragged.from_pairs(places % size, places // size, num_rows=size)
                 snapshot.search(np.repeat(vector, size, axis=0), 10, exclude=lists)
-                excluded = max(1, 2 * excluded)
+                covered = padded_exclusions(excluded, size)
+                if covered >= size * longest:
+                    break
+                excluded = padded_exclusions(covered + 1, size)
         listed = ", ".join(map(str, sizes[:-1]))
         listed = f"{listed} and {sizes[-1]} rows" if listed else "1 row"
         return f"Compiled the user tower for {listed} and the item tower for 1."
@@ -1329,14 +1333,15 @@ class Retriever:
             exclude = live.bundle.seen.take(user_rows)
         else:
             exclude = Ragged.empty(len(vectors))
-        if filters.deny:
-            denied = catalogue.numbers_of(filters.deny)
-            exclude = exclude.join(_same_list(denied, len(vectors)))
         if any(histories):
-            lists = [catalogue.numbers_of(history) for history in histories]
+            # With what is denied, as for one user: an item that is in both counts once.
+            lists = [catalogue.numbers_of([*filters.deny, *history]) for history in histories]
             offsets = np.cumsum([0, *map(len, lists)])
             values = np.concatenate(lists).astype(np.int32)
             exclude = exclude.join(Ragged(offsets, values))
+        elif filters.deny:
+            denied = catalogue.numbers_of(filters.deny)
+            exclude = exclude.join(_same_list(denied, len(vectors)))
         only = None
         if filters.allow is not None:
             only = catalogue.numbers_of(filters.allow)

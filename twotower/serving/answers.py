@@ -92,7 +92,8 @@ class Answers:
         served: Figures on the lists; None before the version is warm.
         fallback: List of somebody of whom nothing is known.
         hook: Re-ranker of the model's lists; None where they are as the bundle has them.
-        max_together: Greatest number of users whom one call of the tower encodes.
+        max_together: Number of users up to which the tower's programs are compiled; with 1 those
+            whom it encodes are not answered together.
     """
 
     def __init__(
@@ -111,7 +112,7 @@ class Answers:
             fallback: List of somebody of whom nothing is known.
             hook: Re-ranker of the model's lists, but of those whose request asks for diversity.
             find_vector: Function that finds vectors of users who are not in the bundle.
-            max_together: Greatest number of users whom one call of the tower encodes.
+            max_together: Number of users up to which the tower's programs are compiled.
 
         Raises:
             ConfigError: The fallback are the latest items, and their times are not known.
@@ -213,18 +214,25 @@ class Answers:
         """Returns groups of plain lists of the model that are asked for alike, by their number."""
         groups: dict[bytes, list[int]] = {}
         for number, way in ways.items():
-            if way.source != "model" or self._is_shaped(requests[number], way):
-                continue
-            options = dict(way.options)
-            encoded = options.pop("encoded", None)
-            # Somebody whom the tower encodes: its programs of several rows are compiled where
-            # requests are gathered for them.
-            if self.max_together == 1 and encoded is None and len(way.whom) > 1:
-                continue
-            # Who asks may be encoded already; all else must be the same.
-            groups.setdefault(msgspec.json.encode(options), []).append(number)
+            # One that fails is told when it is asked for alone.
+            with contextlib.suppress(Exception):
+                if self._is_plain(requests[number], way):
+                    # Who asks may be encoded already; all else must be the same.
+                    options = {**way.options, "encoded": None}
+                    groups.setdefault(msgspec.json.encode(options), []).append(number)
         # A single one gains nothing.
         return [group for group in groups.values() if len(group) > 1]
+
+    def _is_plain(self, request: types.Retrieve, way: _List) -> bool:
+        """Whether a list is one of the model that takes little more than others like it."""
+        if way.source != "model" or self._is_shaped(request, way):
+            return False
+        # These are made for each list, and take a thousand times as long.
+        if request.reasons or self._reorder(request, way.source) is not None:
+            return False
+        # The tower encodes nobody but by programs that are compiled.
+        is_encoded = len(way.whom) == 1 or way.options.get("encoded") is not None
+        return is_encoded or self.max_together > 1
 
     def _make_each(self, ways: Sequence[_List]) -> list[Recommendations]:
         """Returns the lists of ways that differ in whom they are for."""

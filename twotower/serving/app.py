@@ -217,6 +217,11 @@ class Endpoint:
                 replies[number] = self._reply_to(request, result)
         return [replies[number] for number in range(len(requests))]
 
+    @property
+    def gathers(self) -> bool:
+        """Whether many requests are answered for less than each alone."""
+        return self._handle_each is not None
+
     def _reply_alone(self, request: WholeRequest) -> Reply:
         """Returns the reply to one request."""
         return self._reply_made(request, lambda: self._respond(self._read_whole(request), ""))
@@ -242,15 +247,21 @@ class Endpoint:
 
     def _reply_to(self, request: WholeRequest, result: Any) -> Reply:
         """Returns the reply that tells a result, or what a request is refused by, and counts it."""
-        app = self._app
-        try:
-            if isinstance(result, Exception):
-                raise result
-            reply = self._reply(result)
-        except Exception as error:
-            reply = self._refuse(error, request.body)
+        reply = self._reply_or_refuse(result, request.body)
         seconds = time.perf_counter() - request.arrived
-        app.count_request(self.name, reply.status, reply.version, seconds)
+        self._app.count_request(self.name, reply.status, reply.version, seconds)
+        return reply
+
+    def _reply_or_refuse(self, result: Any, body: bytes) -> Reply:
+        """Returns the reply that tells a result, or what a request is refused by."""
+        if not isinstance(result, Exception):
+            try:
+                return self._reply(result)
+            except Exception as error:
+                result = error
+        reply = self._refuse(result, body)
+        # Its frames hold it, and the body: they would wait for the garbage collector.
+        result.__traceback__ = None
         return reply
 
     def _check(self, headers: Headers) -> None:
@@ -732,6 +743,8 @@ class App(Service):
             # Lists of users, where nothing is waited for.
             each = self._retrieve_each if waits and self._threads is None else None
             made.append(self._make_single(name, summary, request, types.Answer, answer, each))
+            if each is not None:
+                each = functools.partial(each, counts_later=True)
             made.append(self._make_batch(name, batch, types.AnswerBatch, answer, each))
         return made
 
@@ -1027,9 +1040,19 @@ class App(Service):
         session = getattr(request, "session_id", None)
         return self.versions.choose(user, session, request.model_version)
 
-    def _retrieve_each(self, requests: Mapping[int, types.Retrieve]) -> Mapping[int, Made]:
-        """Returns the lists that requests ask for, by their number; see `HandleEach`."""
+    def _retrieve_each(
+        self, requests: Mapping[int, types.Retrieve], *, counts_later: bool = False
+    ) -> Mapping[int, Made]:
+        """Returns the lists that requests ask for, by their number; see `HandleEach`.
+
+        Args:
+            requests: Requests by their number.
+            counts_later: Whether functions are returned for lists that are made as well, which
+                count them: the lists of a batch of which one is refused are shown to nobody.
+        """
         found: dict[int, Made] = {}
+        if not requests:
+            return found
         by_version: dict[Answers, dict[int, types.Retrieve]] = {}
         for number, request in requests.items():
             try:
@@ -1039,15 +1062,19 @@ class App(Service):
         self.metrics.batches.observe(len(requests))
         for answers, asked in by_version.items():
             for number, made in answers.retrieve_each(asked).items():
-                found[number] = self._counted(answers, asked[number], made)
+                found[number] = self._counted(answers, asked[number], made, later=counts_later)
         return found
 
-    def _counted(self, answers: Answers, request: types.Retrieve, made: Made) -> Made:
+    def _counted(
+        self, answers: Answers, request: types.Retrieve, made: Made, *, later: bool
+    ) -> Made:
         """Returns what was made, and counts a list; one that is not made yet when it is."""
         if isinstance(made, Exception):
             return made
         if not isinstance(made, types.Answer):
             return lambda: self._tell(answers, request, made())
+        if later:
+            return functools.partial(self._tell, answers, request, made)
         try:
             return self._tell(answers, request, made)
         except Exception as error:

@@ -57,6 +57,11 @@ MakeReply = Callable[[], Reply]
 class DirectEndpoint(Protocol):
     """An endpoint that waits for nothing."""
 
+    @property
+    def gathers(self) -> bool:
+        """Whether many requests are answered for less than each alone."""
+        ...
+
     def reply_each(self, requests: Sequence[WholeRequest]) -> Sequence[Reply | MakeReply]:
         """Returns the reply to each request, or its refusal.
 
@@ -149,6 +154,8 @@ class DirectProtocol(HttpToolsProtocol):
 
     def _go_on_by_uvicorn(self) -> None:
         """Answers the request whose headers are here by a task, as uvicorn does."""
+        # In the order of the requests: uvicorn knows nothing of one before it that still waits.
+        self.queue.answer_now(self)
         url = self.url
         headers = self.headers
         expects = self.expect_100_continue
@@ -242,18 +249,20 @@ class DirectProtocol(HttpToolsProtocol):
         # Whoever waits behind it would wait even longer, until nobody was answered in time.
         if time.perf_counter() - self._arrived > self.wait_seconds and self.is_crowded:
             self.refuse_late()
-            self._go_on()
+            self._go_on(self.closing)
             return True
         return False
 
     def send(self, reply: Reply) -> None:
         """Writes the answer to the request that was taken."""
-        head = _HEADS.find(self.server_state.default_headers, reply, self.closing)
+        # Once: a signal to stop may come at any moment.
+        closing = self.closing
+        head = _HEADS.find(self.server_state.default_headers, reply, closing)
         length = b"content-length: %d\r\n\r\n" % len(reply.body)
         # One write, of which the system makes one packet where it fits.
         self.transport.write(b"".join((head, length, reply.body)))
         self.server_state.total_requests += 1
-        self._go_on()
+        self._go_on(closing)
 
     def fail(self) -> None:
         """Ends the connection without an answer to the request that was taken, after a defect."""
@@ -261,10 +270,10 @@ class DirectProtocol(HttpToolsProtocol):
         self.transport.close()
         self.on_direct_end()
 
-    def _go_on(self) -> None:
+    def _go_on(self, closing: Headers) -> None:
         """Begins to wait for the next request, unless the connection is to end."""
         self.on_direct_end()
-        if self.closing:
+        if closing:
             self.transport.close()
         else:
             self._rest()
@@ -348,8 +357,7 @@ class Queue:
     def _answer_some(self, loop: asyncio.AbstractEventLoop) -> None:
         """Answers those who wait when there are enough, or the first has waited for long enough."""
         # Turn by turn, in which others arrive: timers of the loop are a thousand times as coarse.
-        is_full = len(self._waiting) >= self._at_once or bool(self._alone)
-        if not is_full and time.perf_counter() - self._first_at < self._seconds:
+        if self._gathers and time.perf_counter() - self._first_at < self._seconds:
             loop.call_soon(self._answer_some, loop)
             return
         some = self._waiting[: self._at_once]
@@ -359,10 +367,11 @@ class Queue:
             endpoint = connection.waits_for
             if endpoint is not None:
                 by_endpoint.setdefault(endpoint, []).append(connection)
-        end = time.perf_counter() + TURN_SECONDS
         try:
             for endpoint in list(by_endpoint):
                 self._answer(endpoint, by_endpoint.pop(endpoint))
+            # However long those took, or others would not come on while they keep coming.
+            end = time.perf_counter() + TURN_SECONDS
             # Some take a thousand times as long as others, which arrive meanwhile.
             while self._alone:
                 self._alone.popleft().take_turn()
@@ -375,6 +384,15 @@ class Queue:
             if self._waiting or self._alone:
                 loop.call_soon(self._answer_some, loop)
 
+    @property
+    def _gathers(self) -> bool:
+        """Whether more requests may come that those who wait gain from."""
+        # Asked at each turn of the loop, and by default never more than this.
+        if not self._seconds or self._alone or len(self._waiting) >= self._at_once:
+            return False
+        endpoints = {connection.waits_for for connection in self._waiting}
+        return all(endpoint is None or endpoint.gathers for endpoint in endpoints)
+
     def _answer(self, endpoint: DirectEndpoint, connections: Sequence[DirectProtocol]) -> None:
         """Answers requests for one endpoint that are answered together."""
         taken: list[DirectProtocol] = []
@@ -384,6 +402,8 @@ class Queue:
             if request is not None:
                 taken.append(connection)
                 requests.append(request)
+        if not requests:
+            return
         try:
             replies = endpoint.reply_each(requests)
         except BaseException:

@@ -59,11 +59,12 @@ async def answer_together(each: HandleEach, requests: Sequence[Any]) -> list[Any
     for first in range(0, len(requests), PART):
         part = dict(enumerate(requests[first : first + PART], first))
         found = each(part)
+        for number, made in found.items():
+            if isinstance(made, Exception):
+                raise _refusal(number, part[number], made) from made
         for number, request in part.items():
             made = found[number]
             try:
-                if isinstance(made, Exception):
-                    raise made
                 answers.append(made() if callable(made) else made)
             except Exception as error:
                 raise _refusal(number, request, error) from error
