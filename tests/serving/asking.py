@@ -46,6 +46,20 @@ def ask(app, method, path, body=None, **options):
     return asyncio.run(send(app, method, path, body, **options))
 
 
+def watch_tower(retriever, monkeypatch):
+    """A list to which each call of a tower appends the number of its rows."""
+    sizes = []
+    towers = type(retriever.bundle.towers)
+    embed = towers.embed
+
+    def count(self, side, features, **options):
+        sizes.append(len(next(iter(features.values()))))
+        return embed(self, side, features, **options)
+
+    monkeypatch.setattr(towers, "embed", count)
+    return sizes
+
+
 def reply_together(app, requests):
     """The replies to requests for a user's list that wait at the same moment, and which of them
     were made together."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmarks.fuzz_api import InProcess
-from tests.serving.asking import ask, make_app, post, refused, reply_together
+from tests.serving.asking import ask, make_app, post, refused, reply_together, watch_tower
 from twotower.core.errors import QueryError
 from twotower.serving import types
 from twotower.serving.answers import Answers
@@ -325,14 +325,7 @@ def test_a_batch_answers_each_of_its_requests_or_none(app, retriever):
 def test_the_tower_encodes_those_of_a_batch_who_ask_alike_together(
     retriever, tmp_path, monkeypatch
 ):
-    sizes = []
-    embed = type(retriever.bundle.towers).embed
-
-    def count(self, side, features, **options):
-        sizes.append(len(next(iter(features.values()))))
-        return embed(self, side, features, **options)
-
-    monkeypatch.setattr(type(retriever.bundle.towers), "embed", count)
+    sizes = watch_tower(retriever, monkeypatch)
     app = make_app(retriever, tmp_path)
     app.answers.max_together = 64
     items = retriever.bundle.items["item_id"].to_pylist()

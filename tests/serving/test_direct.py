@@ -137,6 +137,14 @@ def connected(loop):
     protocol.connection_lost(None)
 
 
+@contextlib.contextmanager
+def several(count):
+    """Connections of the running loop."""
+    loop = asyncio.get_running_loop()
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(connected(loop)) for _ in range(count)]
+
+
 def post(path, body, *more):
     lines = [b"POST %s HTTP/1.1" % path, b"host: x", b"content-length: %d" % len(body), *more]
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
@@ -191,9 +199,7 @@ def test_answers_keep_the_order_of_requests_while_the_first_waits(path, seconds,
     monkeypatch.setattr(Connection, "queue", Queue(4, seconds))
 
     async def ask():
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            made = [stack.enter_context(connected(loop)) for _ in range(3)]
+        with several(3) as made:
             for protocol, _ in made:
                 protocol.data_received(post(path, b"first"))
             await asyncio.sleep(0)
@@ -383,9 +389,7 @@ def test_those_of_an_own_turn_come_on_however_long_the_others_take(monkeypatch):
     slow = [post(b"/slow", b"%d" % number) for number in range(5)]
 
     async def ask():
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            made = [stack.enter_context(connected(loop)) for _ in range(6)]
+        with several(6) as made:
             for (protocol, _), request in zip(made, [post(PATH, b"x"), *slow]):
                 protocol.data_received(request)
             await asyncio.sleep(0)
@@ -398,9 +402,7 @@ def test_requests_that_are_answered_one_by_one_leave_turns_to_those_that_arrive(
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
 
     async def ask():
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            made = [stack.enter_context(connected(loop)) for _ in range(5)]
+        with several(5) as made:
             for number in range(3):
                 made[number][0].data_received(post(b"/slow", b"%d" % number))
             await asyncio.sleep(0)
@@ -423,9 +425,7 @@ def test_all_of_those_that_wait_are_answered_when_the_server_stops(path, monkeyp
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
 
     async def ask(turns_before):
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            made = [stack.enter_context(connected(loop)) for _ in range(3)]
+        with several(3) as made:
             for number, (protocol, _) in enumerate(made):
                 protocol.data_received(post(path, b"%d" % number))
             for _ in range(turns_before):
@@ -445,9 +445,7 @@ def test_one_that_waits_for_its_own_turn_may_be_refused_and_its_client_may_go(mo
     monkeypatch.setattr(direct, "TURN_SECONDS", -1.0)
 
     async def ask():
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            made = [stack.enter_context(connected(loop)) for _ in range(3)]
+        with several(3) as made:
             for number, (protocol, _) in enumerate(made):
                 protocol.data_received(post(b"/slow", b"%d" % number))
             await asyncio.sleep(0)
@@ -467,9 +465,7 @@ def test_one_that_waits_for_its_own_turn_may_be_refused_and_its_client_may_go(mo
 
 def test_requests_are_gathered_for_a_time_or_until_there_are_enough(monkeypatch):
     async def ask(count, path=PATH):
-        loop = asyncio.get_running_loop()
-        with contextlib.ExitStack() as stack:
-            made = [stack.enter_context(connected(loop)) for _ in range(count)]
+        with several(count) as made:
             for number, (protocol, _) in enumerate(made):
                 protocol.data_received(post(path, b"%d" % number))
                 await turns()

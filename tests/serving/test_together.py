@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.index.fakes import ShallowIndex
-from tests.serving.asking import ask, make_app, reply_together
+from tests.serving.asking import ask, make_app, reply_together, watch_tower
 from twotower.core.errors import ConfigError
 from twotower.index.exact import ExactIndex
 from twotower.index.vectors import append_coordinate
@@ -101,14 +101,7 @@ def counts(line):
 def test_one_call_of_the_tower_encodes_those_who_ask_alike(retriever, tmp_path, monkeypatch):
     items = retriever.bundle.items["item_id"].to_pylist()
     requests = [{"history": items[n : n + 4], "k": 5} for n in range(6)]
-    sizes = []
-    embed = type(retriever.bundle.towers).embed
-
-    def count(self, side, features, **options):
-        sizes.append(len(next(iter(features.values()))))
-        return embed(self, side, features, **options)
-
-    monkeypatch.setattr(type(retriever.bundle.towers), "embed", count)
+    sizes = watch_tower(retriever, monkeypatch)
     app = make_app(retriever, tmp_path)
     replies, _ = reply_together(encode_together(app), requests)
     assert {reply.status for reply in replies} == {200} and sizes == [6]

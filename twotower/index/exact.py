@@ -35,7 +35,8 @@ HOST_BLOCK_QUERIES = 1_024
 # Items that the length of a block is a multiple of on a CPU: XLA then adds the products of a score
 # in one order, whichever items stand beside it. Measured: 32 are too few.
 HOST_BLOCK_MULTIPLE = 64
-# Numbers of exclusions of several queries that are padded to multiples by four of the first.
+# Exclusions of several queries are padded to the first number times a power of four, up to the
+# second; more of them, and those of one query, to a power of two.
 MIN_COARSE = 1_024
 MAX_COARSE = 65_536
 
